@@ -1,0 +1,7 @@
+"""`python -m numba_attn` is the same as the `numba-attn` script."""
+
+import sys
+
+from numba_attn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,201 @@
+"""The command line: `numba-attn demo`, `numba-attn info`, `numba-attn bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+VARIABLES = ("NUMBA", "OMP_", "KMP_", "TBB_", "MKL_NUM", "OPENBLAS_NUM", "GOMP_")  # what changes speed or threads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Bad arguments end with a message and exit status 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.command(args, args.parser)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="numba-attn", description="Attention for NumPy, compiled by Numba.")
+    parser.add_argument("--version", action="version", version=_version("numba-attn"))
+    commands = parser.add_subparsers(required=True, metavar="{demo,info,bench}")
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function, parser=sub)
+        return sub
+
+    demo = command(
+        "demo", _demo, "classify handwritten digits by attention, then run a long sequence beside dense NumPy"
+    )
+    demo.add_argument("--plot", metavar="FILE.png", help="draw what one digit attends to")
+    demo.add_argument("--quick", action="store_true", help="2,048 tokens instead of 16,384")
+
+    command("info", _info, "versions, threads, SIMD width, tiles and cache folder: what a bug report needs")
+
+    bench = command("bench", _bench, "time one shape against NumPy and the installed peers, a process each, in turns")
+    bench.add_argument("--batch", type=_positive, default=1)
+    bench.add_argument("--heads", type=_positive, default=8)
+    bench.add_argument("--kv-heads", type=_positive, help="a divisor of --heads (default: --heads)")
+    bench.add_argument("--q-len", type=_positive, default=1024)
+    bench.add_argument("--kv-len", type=_positive, help="default: --q-len")
+    bench.add_argument("--dim", type=_positive, default=64, help="head size")
+    bench.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
+    bench.add_argument("--causal", action="store_true", help="aligned bottom right")
+    bench.add_argument(
+        "--window", type=_positive, default=0, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
+    )
+    bench.add_argument("--rounds", type=_positive, default=5, help="turns of each library; the median counts")
+    bench.add_argument("--seconds", type=_seconds, default=0.4, help="length of a turn")
+    bench.add_argument("--threads", type=_positive, help="default: numba.get_num_threads()")
+    bench.add_argument("--libraries", metavar="A,B", help="default: all that are installed")
+    bench.add_argument(
+        "--peak", action="store_true", help="instead: the fraction of this machine's FMA peak, in one process"
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, not {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"takes a number of seconds above 0 and below 3600, not {text!r}")
+    return value
+
+
+def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from numba_attn import demo
+
+    if args.plot and (problem := demo.check_plot(args.plot)):
+        parser.error(problem)
+    demo.run(args.plot, args.quick)
+    return 0
+
+
+def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for name, value in info().items():
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def info() -> dict[str, str]:
+    """What `numba-attn info` prints: a name and a text a line."""
+    import numba_attn.cpu
+
+    lines = {"numba_attn": _version("numba-attn"), "python": f"{platform.python_version()} {sys.executable}"}
+    lines["platform"] = platform.platform()
+    for name in ("numpy", "numba", "llvmlite", "tbb", "ml_dtypes"):
+        lines[name] = _version(name)
+    lines |= {name: _text(value) for name, value in numba_attn.cpu.describe().items()}
+    lines["AMX"] = _amx()
+    cuda = _version("numba-cuda")
+    lines["CUDA"] = f"numba-cuda {cuda}; this release has no CUDA backend"
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    lines["environment"] = (
+        " ".join(f"{name}={value}" for name, value in variables.items()) or "none that matters is set"
+    )
+    return lines
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {inner}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(_text, value)) or "none yet in this process"
+    return str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _amx() -> str:
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    found = [name for name in ("amx-tile", "amx-bf16", "amx-int8", "amx-fp16") if features.get(name)]
+    return f"{', '.join(found)}; not used in this release" if found else "no"
+
+
+def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import numba
+
+    from numba_attn import bench
+    from numba_attn.terminal import Progress, seconds_text, table
+
+    kv_heads = args.kv_heads or args.heads
+    if args.heads % kv_heads:
+        parser.error(f"--kv-heads must divide --heads: {args.heads} heads do not share {kv_heads} key heads evenly")
+    if args.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
+        parser.error(f"--dtype bfloat16 needs ml_dtypes: {sys.executable} -m pip install ml_dtypes")
+    if args.threads and args.threads > numba.config.NUMBA_NUM_THREADS:
+        parser.error(f"--threads takes at most {numba.config.NUMBA_NUM_THREADS} here (NUMBA_NUM_THREADS)")
+    default = [name for name in bench.installed() if args.window or name != "torch-flex"]  # it is there for windows
+    libraries = args.libraries.split(",") if args.libraries else default
+    if unknown := [name for name in libraries if name not in bench.installed()]:
+        parser.error(f"--libraries: {unknown[0]!r} is not among those found here: {', '.join(bench.installed())}")
+    case = bench.Case(
+        batch=args.batch,
+        heads=args.heads,
+        kv_heads=kv_heads,
+        q_len=args.q_len,
+        kv_len=args.kv_len or args.q_len,
+        dim=args.dim,
+        dtype=args.dtype,
+        causal=args.causal,
+        window=args.window,
+    )
+    threads = args.threads or numba.get_num_threads()
+    options = {"rounds": args.rounds, "seconds": args.seconds, "threads": threads}
+
+    if args.peak:
+        with Progress(2 * args.rounds) as progress:
+            peak = bench.fraction_of_peak(case, **options, on_step=progress.step)
+        if args.json:
+            print(json.dumps({"case": str(case), "threads": threads, **vars(peak)}))
+        else:
+            print(f"{case}, {threads} threads, medians of {args.rounds} rounds in one process")
+            print(f"FMA loop {peak.peak / 1e9:8.1f} GFLOP/s\nkernel   {peak.kernel / 1e9:8.1f} GFLOP/s")
+            print(f"fraction {100 * peak.fraction:8.1f} %")
+        return 0
+
+    with Progress(args.rounds * len(libraries)) as progress:
+        (result,) = bench.compare([case], libraries, **options, on_step=progress.step)
+    if args.json:
+        print(
+            json.dumps({"case": str(case), "threads": threads, **vars(result), "ratio": result.ratio()}, default=vars)
+        )
+        return 0
+    rows = [
+        [name, seconds_text(s), f"{case.flops() / s / 1e9:.1f}", f"{result.error[name]:.1e}"]
+        for name, s in sorted(result.seconds.items(), key=lambda item: item[1])
+    ]
+    print(f"{case}, {threads} threads, medians of {args.rounds} rounds of {args.seconds:g} s\n")
+    print(table(["", "time", "GFLOP/s", "max error"], rows))
+    for name, why in result.missing.items():
+        print(f"{name}: not timed, {why}")
+    if (ratio := result.ratio()) is not None:
+        print(f"\nnumba_attn is {ratio:.2f} times as fast as the fastest peer")
+    return 0

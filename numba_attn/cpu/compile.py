@@ -1,0 +1,191 @@
+"""Compiling and caching the entry kernels.
+
+Numba's own disk cache keys a kernel by its bytecode: neither constants of other files nor the functions that it calls take part, so an
+edit elsewhere in the package would leave a stale kernel. Here the stamp is a fingerprint of every source file of the package, and the
+SIMD row is part of the file name. With no writable folder, kernels are compiled in every process and one warning says so.
+
+The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py fails when they change.
+"""
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numba
+from numba import njit
+from numba.core import caching, config, types
+from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+from numba.misc.appdirs import AppDirs
+
+from .simd import ROW
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+# What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the benchmarks print it.
+LOG: list[tuple[str, float, str]] = []
+
+
+@cache
+def fingerprint() -> str:
+    """A digest of all sources of the package and of what else decides the machine code."""
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version_info} {config.OPT} {config.ENABLE_AVX}".encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def cache_folder() -> str | None:
+    """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache folder. None with a warning."""
+    named = [os.path.join(d, "numba_attn") for d in (os.environ.get("NUMBA_ATTN_CACHE_DIR"), config.CACHE_DIR) if d]
+    for folder in named or [str(PACKAGE / "__pycache__"), os.path.join(AppDirs(appname="numba_attn", appauthor=False).user_cache_dir)]:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+        except OSError:
+            continue
+    warnings.warn("numba_attn: no writable cache folder, so kernels are compiled anew in every process (some seconds); "
+                  "set NUMBA_ATTN_CACHE_DIR to a folder that can be written", RuntimeWarning, stacklevel=2)
+    return None
+
+
+class _Locator(caching._CacheLocator):
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._py_file = __file__
+
+    def get_cache_path(self):
+        return self._folder
+
+    def get_source_stamp(self):
+        return fingerprint()
+
+    def get_disambiguator(self):
+        return ROW.name
+
+
+class _Impl(caching.CompileResultCacheImpl):
+    def __init__(self, py_func, name: str, folder: str):
+        self._locator = _Locator(folder)
+        self._lineno = py_func.__code__.co_firstlineno
+        self._filename_base = self.get_filename_base("numba_attn." + name, getattr(sys, "abiflags", ""))
+
+
+class _Cache(caching.Cache):
+    def __init__(self, py_func, name: str, folder: str):
+        self._name, self._py_func = name, py_func
+        self._impl = _Impl(py_func, name, folder)
+        self._cache_path = folder
+        self._cache_file = caching.IndexDataCacheFile(folder, self._impl.filename_base, fingerprint())
+        self.enable()
+
+    def _index_key(self, sig, codegen):
+        """Signature and target: the sources, closures included, are in the stamp."""
+        return sig, codegen.magic_tuple()
+
+
+def _cache_for(py_func, name):
+    folder = cache_folder()
+    try:
+        return _Cache(py_func, name, folder) if folder else caching.NullCache()
+    except (AttributeError, TypeError) as error:        # Numba's private classes have changed
+        warnings.warn(f"numba_attn: no kernel cache with Numba {numba.__version__} ({error})", RuntimeWarning, stacklevel=3)
+        return caching.NullCache()
+
+
+# ---------------------------------------------------------------- inner functions
+#
+# Numba optimises every function that a kernel calls, writes machine code for it although only the kernel that it is inlined
+# into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR; the kernel's own pass optimises all.
+
+class _InnerLibrary(JITCodeLibrary):
+    """A library to link from. Should anyone ask for the address of a function in it after all, it is finished then."""
+    _added = False
+
+    def _optimize_final_module(self):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        if not self._added:
+            if not any(fn.name == name for fn in self.get_defined_functions()):
+                return 0
+            self._added = True
+            super()._finalize_final_module()
+        return super().get_pointer_to_function(name)
+
+
+# For the functions that a kernel is made of; they cannot be called from Python.
+inner = njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@contextlib.contextmanager
+def _inner_libraries(kernel: str):
+    """While the kernel of this qualified name is compiled, every library but its own is an inner one."""
+    codegen = cpu_target.target_context.codegen()
+    own = type(codegen)._library_class
+
+    def library_class(codegen, name):
+        return (own if name == kernel else _InnerLibrary)(codegen, name)
+
+    library_class._unserialize = own._unserialize
+
+    def set_env(name, env):
+        if codegen._engine.get_global_value_address(name):      # 0: the function is in no engine, and nothing of ours reads its environment
+            type(codegen).set_env(codegen, name, env)
+
+    with global_compiler_lock:
+        codegen._library_class, codegen.set_env = library_class, set_env
+        try:
+            yield
+        finally:
+            del codegen._library_class, codegen.set_env
+
+
+# ---------------------------------------------------------------- entry kernels
+
+def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
+    """The address of py_func as a C function; compiled, or loaded from the cache."""
+    start = time.perf_counter()
+    args, ret = signature.args, signature.return_type
+    c = CFunc(py_func, (args, ret), locals={}, options={"nopython": True, "error_model": "numpy"})
+    if cached:
+        c._cache = _cache_for(py_func, name)
+    with _inner_libraries(py_func.__qualname__):
+        c.compile()
+    _KEEP.append(c)
+    LOG.append((name, time.perf_counter() - start, "loaded" if c.cache_hits else "compiled"))
+    return c.address
+
+
+_KEEP: list[CFunc] = []     # a C function dies with its object
+
+
+def compile_entry(py_func, signature, name: str, parallel: bool = False):
+    """py_func as a dispatcher with one signature that releases the GIL; compiled, or loaded from the cache."""
+    start = time.perf_counter()
+    dispatcher = njit(nogil=True, parallel=parallel, error_model="numpy")(py_func)
+    dispatcher._cache = _cache_for(py_func, name)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    hit = bool(sum(dispatcher.stats.cache_hits.values()))
+    LOG.append((name, time.perf_counter() - start, "loaded" if hit else "compiled"))
+    return dispatcher
+
+
+def array_type(dtype, ndim: int, writable: bool = False):
+    """Any strides, read-only unless written, aligned or not: one signature takes them all."""
+    return types.Array(numba.from_dtype(dtype), ndim, "A", readonly=not writable, aligned=False)

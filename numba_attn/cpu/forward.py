@@ -1,0 +1,787 @@
+"""The forward kernel: tiles of queries against blocks of keys, lanes are queries (DESIGN.md section 4).
+
+    for a tile of queries, transposed and scaled once:                      Q' [d, lane]
+        for a block of keys that the tile needs:
+            S' = K Q'            products      rows of K are read as broadcasts
+            S' = modified(S')    softcap, bias, ALiBi, score_mod; ends in log2 units
+            S' = -inf            where hidden, only in blocks that hold a hidden pair
+            P', m, l, alpha      online softmax, all vertical
+            O' = O' alpha + V' P'
+        out, lse = O' / l, m + log l
+
+One source serves float32 (with float16 and bfloat16 storage) and float64: `build` makes the functions for one accumulation type.
+Everything that changes per call is a number in a CALL record, so a call never compiles anything.
+"""
+import math
+
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np import numpy_support
+
+from .. import online
+from ..online import LN2, LOG2E
+from . import simd
+from .compile import inner
+from .modifiers import MATH
+from .simd import (ROW, address_of, any_bit, call_address, exp2, f32_ptr, f64_ptr, fetch_add, fold_tile, i32_ptr, i64_ptr, load,
+                   load_bits, maximum, outer, outer_visible, select, splat, store, store_bytes, store_tile, transpose_in, transpose_out,
+                   u8_ptr, u16_ptr, zeros)
+
+# Storage codes of q, k, v, out and bias.
+F32, F64, F16, BF16 = 0, 1, 2, 3
+STORAGE = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": BF16}
+ITEMSIZE = {F32: 4, F64: 8, F16: 2, BF16: 2}
+
+OPEN = 2 ** 62              # an absent window bound, as in plan.py
+FLUSH = 4096                # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
+MAX_TILES = 8               # query tiles that share a pass over K and V
+
+
+def key_block(elem: str, head_dim: int) -> int:
+    """Keys a block: a function of accumulation type and head size alone, since a row's bits depend on it.
+
+    K and V blocks, S' and Q' of one tile share the first-level cache.
+    """
+    return (128 if head_dim <= 64 else 64) // (1 if elem == "f32" else 2)
+
+
+def _fields(prefix, names):
+    return [(prefix + n, np.int64) for n in names.split()]
+
+
+# What a kernel call reads: addresses, byte strides, sizes. 8-byte fields only.
+CALL = np.dtype(
+    _fields("", "q k v out lse storage")
+    + _fields("q_", "b h s d") + _fields("k_", "b h s d") + _fields("v_", "b h s d") + _fields("out_", "b h s d") + _fields("lse_", "b h s")
+    + _fields("", "group kv_heads qk_dim v_dim block tiles sequences n_sequences first_item n_items counter")
+    + _fields("", "left right has_prefix start end bounds_b bounds_h bounds_s")
+    + _fields("", "bias bias_storage") + _fields("bias_", "b h i j")
+    + _fields("", "masks n_masks segments n_segments mask_mods n_mask_mods score_mod score_aux slopes slopes_b sinks use_softcap")
+    + _fields("", "drop drop_below seed")
+    + [(n, np.float64) for n in ("q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")])
+
+SEQUENCE = 7                # columns of the sequence table: batch, q_start, q_len, k_start, k_len, offset, prefix
+
+
+def tile_rows(elem: str) -> int:
+    return ROW.nr * ROW.lanes(elem)
+
+
+@intrinsic
+def _call_record(typingctx, address):
+    """The CALL record at an address."""
+    record = numpy_support.from_dtype(CALL)
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(record))
+    return record(types.intp), codegen
+
+
+def build(elem: str):
+    """drain(call_address): the worker for one accumulation type, "f32" or "f64", as plain Python functions under njit."""
+    jit = inner
+    L = ROW.lanes(elem)
+    MR, NR = ROW.mr, ROW.nr
+    W = L * NR
+    acc_ptr = f32_ptr if elem == "f32" else f64_ptr
+    acc = np.float32 if elem == "f32" else np.float64
+    ACC_BYTES = 4 if elem == "f32" else 8
+    ACC_STORAGE = F32 if elem == "f32" else F64
+    ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
+
+    @jit
+    def equal_minus_inf(m):
+        return m == splat(NEG_INF, L)
+
+    @jit
+    def not_zero(x):
+        return any_bit(x != splat(ZERO, L))
+
+    @jit
+    def zeros_like(m):
+        return splat(ZERO, L)
+
+    tanh = MATH[elem].tanh
+    shared = online.build(jit, exp2, select, equal_minus_inf, zeros_like)
+    finite_or_zero, rescale = shared.finite_or_zero, shared.rescale
+
+    # ------------------------------------------------------------ products, for 1, 2, .. NR vectors of queries
+
+    def products(nr):
+        w = nr * L
+
+        @jit
+        def score_rows(k, ldk, q, s, n):
+            """Rows of S' for MR keys: s[i, :] = sum_c k[i, c] q[c, :]."""
+            acc_ = zeros(k, L, MR, nr)
+            for c in range(0, n - 3, 4):
+                a, b = k + c, q + c * w
+                acc_ = outer(acc_, a, ldk, b)
+                acc_ = outer(acc_, a + 1, ldk, b + w)
+                acc_ = outer(acc_, a + 2, ldk, b + 2 * w)
+                acc_ = outer(acc_, a + 3, ldk, b + 3 * w)
+            for c in range(n & ~3, n):
+                acc_ = outer(acc_, k + c, ldk, q + c * w)
+            store_tile(acc_, s, w)
+
+        @jit
+        def score_row(k, q, s, n):
+            acc_ = zeros(k, L, 1, nr)
+            for c in range(n):
+                acc_ = outer(acc_, k + c, 0, q + c * w)
+            store_tile(acc_, s, w)
+
+        @jit
+        def scores(k, ldk, q, s, first, last, n):
+            """S'[first:last]; first is a multiple of MR; the last tile reaches back over rows that are done."""
+            if last >= MR:
+                for j in range(first, last, MR):
+                    at = min(j, last - MR)
+                    score_rows(k + at * ldk, ldk, q, s + at * w, n)
+            else:
+                for j in range(first, last):
+                    score_row(k + j * ldk, q, s + j * w, n)
+
+        @jit
+        def value_rows(v, ldv, p, o, alpha, n, skip):
+            """MR dimensions of O': o[i, :] = o[i, :] alpha + sum_j v[j, i] p[j, :]."""
+            acc_ = zeros(v, L, MR, nr)
+            for j in range(0, n - 3, 4):
+                a, b = v + j * ldv, p + j * w
+                acc_ = outer(acc_, a, 1, b)
+                acc_ = outer(acc_, a + ldv, 1, b + w)
+                acc_ = outer(acc_, a + 2 * ldv, 1, b + 2 * w)
+                acc_ = outer(acc_, a + 3 * ldv, 1, b + 3 * w)
+            for j in range(n & ~3, n):
+                acc_ = outer(acc_, v + j * ldv, 1, p + j * w)
+            fold_tile(acc_, o, w, alpha, skip)
+
+        @jit
+        def value_rows_visible(v, ldv, p, visible, o, alpha, n, skip):
+            acc_ = zeros(v, L, MR, nr)
+            for j in range(n):
+                acc_ = outer_visible(acc_, v + j * ldv, 1, p + j * w, visible + j * w)
+            fold_tile(acc_, o, w, alpha, skip)
+
+        @jit
+        def value_row(v, ldv, p, visible, o, alpha, n):
+            acc_ = zeros(v, L, 1, nr)
+            for j in range(n):
+                acc_ = outer_visible(acc_, v + j * ldv, 1, p + j * w, visible + j * w)
+            fold_tile(acc_, o, w, alpha, 0)
+
+        @jit
+        def values(v, ldv, p, visible, partial, o, alpha, first, last, n):
+            """O' over keys first:last and n dimensions; visible is read only where partial, or in head sizes under MR."""
+            v, p, visible, keys = v + first * ldv, p + first * w, visible + first * w, last - first
+            if n < MR:
+                if not partial:
+                    for x in range(keys * w):
+                        visible[x] = 255
+                for d in range(n):
+                    value_row(v + d, ldv, p, visible, o + d * w, alpha, keys)
+                return
+            for d in range(0, n, MR):
+                at = min(d, n - MR)
+                if partial:
+                    value_rows_visible(v + at, ldv, p, visible, o + at * w, alpha, keys, d - at)
+                else:
+                    value_rows(v + at, ldv, p, o + at * w, alpha, keys, d - at)
+
+        return scores, values
+
+    scores_1, values_1 = products(1)
+    scores_2, values_2 = products(2)
+    scores_3, values_3 = products(3)
+
+    @jit
+    def scores(k, ldk, q, s, w, first, last, n):
+        if w == 3 * L:
+            scores_3(k, ldk, q, s, first, last, n)
+        elif w == 2 * L:
+            scores_2(k, ldk, q, s, first, last, n)
+        else:
+            scores_1(k, ldk, q, s, first, last, n)
+
+    @jit
+    def values(v, ldv, p, visible, partial, o, alpha, w, first, last, n):
+        if w == 3 * L:
+            values_3(v, ldv, p, visible, partial, o, alpha, first, last, n)
+        elif w == 2 * L:
+            values_2(v, ldv, p, visible, partial, o, alpha, first, last, n)
+        else:
+            values_1(v, ldv, p, visible, partial, o, alpha, first, last, n)
+
+    # ------------------------------------------------------------ softmax
+
+    @jit
+    def online_softmax(s, w, first, last, m, l, alpha):
+        """s: scores in, weights p out; m, l updated; alpha: what the old sums are worth now.
+
+        first and last are multiples of 4 (rows past the end hold -inf): which of the four partial sums a key goes to depends on its index
+        alone, so the bits of a row do not depend on the range that its tile needs.
+        """
+        for c in range(0, w, L):
+            a0 = load(s + (first * w + c), L)
+            a1 = load(s + ((first + 1) * w + c), L)
+            a2 = load(s + ((first + 2) * w + c), L)
+            a3 = load(s + ((first + 3) * w + c), L)
+            for j in range(first + 4, last, 4):
+                row = s + (j * w + c)
+                a0 = maximum(load(row, L), a0)
+                a1 = maximum(load(row + w, L), a1)
+                a2 = maximum(load(row + 2 * w, L), a2)
+                a3 = maximum(load(row + 3 * w, L), a3)
+            old = load(m + c, L)
+            new = maximum(maximum(maximum(a0, a1), maximum(a2, a3)), old)
+            safe = finite_or_zero(new)
+            s0 = splat(ZERO, L)
+            s1 = s0
+            s2 = s0
+            s3 = s0
+            for j in range(first, last, 4):
+                row = s + (j * w + c)
+                e0 = exp2(load(row, L) - safe)
+                e1 = exp2(load(row + w, L) - safe)
+                e2 = exp2(load(row + 2 * w, L) - safe)
+                e3 = exp2(load(row + 3 * w, L) - safe)
+                store(row, e0)
+                store(row + w, e1)
+                store(row + 2 * w, e2)
+                store(row + 3 * w, e3)
+                s0 = s0 + e0
+                s1 = s1 + e1
+                s2 = s2 + e2
+                s3 = s3 + e3
+            al = rescale(old, new)
+            store(alpha + c, al)
+            store(m + c, new)
+            store(l + c, load(l + c, L) * al + ((s0 + s1) + (s2 + s3)))
+
+    @jit
+    def hide(s, visible, w, first, last):
+        """-inf where the byte of visible is 0, whatever stood there."""
+        for x in range(first * w, last * w, L):
+            store(s + x, select(load_bits(visible + x, L), load(s + x, L), splat(NEG_INF, L)))
+
+    @jit
+    def interval_bytes(visible, lo, hi, j0, w, first, last, block, bounds):
+        """visible[j, lane] = lo[lane] <= j0 + j < hi[lane]."""
+        for r in range(w):
+            bounds[r] = min(max(lo[r] - j0, 0), block)
+            bounds[w + r] = min(max(hi[r] - j0, 0), block)
+        for c in range(0, w, L):
+            low, high = load(bounds + c, L), load(bounds + (w + c), L)
+            for j in range(first, last):
+                at = splat(np.int32(j), L)
+                store_bytes(visible + (j * w + c), (low <= at) & (at < high))
+
+    # ------------------------------------------------------------ reading and writing the caller's arrays
+
+    @jit
+    def read_row(address, stride, storage, dst, n):
+        """n numbers of any storage type, stride bytes apart, as accumulation type."""
+        if storage == F32:
+            if stride == 4:
+                p = f32_ptr(address)
+                for c in range(n):
+                    dst[c] = acc(p[c])
+            else:
+                for c in range(n):
+                    dst[c] = acc(f32_ptr(address + c * stride)[0])
+        elif storage == F64:
+            for c in range(n):
+                dst[c] = acc(f64_ptr(address + c * stride)[0])
+        elif storage == F16:
+            if stride == 2:
+                h = u16_ptr(address)
+                for c in range(n):
+                    dst[c] = acc(simd.half_to_float(h[c]))
+            else:
+                for c in range(n):
+                    dst[c] = acc(simd.half_to_float(u16_ptr(address + c * stride)[0]))
+        else:
+            if stride == 2:
+                h = u16_ptr(address)
+                for c in range(n):
+                    dst[c] = acc(simd.bfloat_to_float(h[c]))
+            else:
+                for c in range(n):
+                    dst[c] = acc(simd.bfloat_to_float(u16_ptr(address + c * stride)[0]))
+
+    @jit
+    def write_row(src, address, stride, storage, n):
+        """The inverse of read_row, for the storage types of out: the accumulation type, float16, bfloat16."""
+        if storage == ACC_STORAGE:
+            for c in range(n):
+                acc_ptr(address + c * stride)[0] = src[c]
+        elif storage == F16:
+            for c in range(n):
+                u16_ptr(address + c * stride)[0] = simd.float_to_half(np.float32(src[c]))
+        else:
+            for c in range(n):
+                u16_ptr(address + c * stride)[0] = simd.float_to_bfloat(np.float32(src[c]))
+
+    @jit
+    def gather(addresses, dst, w, n):
+        """dst[c, r] = (row at addresses[r])[c] for c < n: rows of accumulation type, transposed."""
+        whole = n - n % L
+        for r in range(0, w, L):
+            for c in range(0, whole, L):
+                transpose_in(addresses + r, c, dst + (c * w + r), w, L)
+        for r in range(w):
+            row = acc_ptr(addresses[r])
+            for c in range(whole, n):
+                dst[c * w + r] = row[c]
+
+    @jit
+    def gather_bytes(addresses, dst, w, n):
+        whole = n - n % L
+        for r in range(0, w, L):
+            for c in range(0, whole, L):
+                transpose_in(addresses + r, c, dst + (c * w + r), w, L)
+        for r in range(w):
+            row = u8_ptr(addresses[r])
+            for c in range(whole, n):
+                dst[c * w + r] = row[c]
+
+    @jit
+    def read_rows(addresses, stride, storage, rows, dst, w, n):
+        """gather() for any storage and column stride; rows: scratch of w * n."""
+        if storage != ACC_STORAGE or stride != ACC_BYTES:
+            for r in range(w):
+                read_row(addresses[r], stride, storage, rows + r * n, n)
+                addresses[r] = address_of(rows + r * n)
+        gather(addresses, dst, w, n)
+
+    @jit
+    def write_rows(src, factor, addresses, stride, storage, rows, w, count, n):
+        """(row at addresses[r])[c] = src[c, r] * factor[r] for r < count."""
+        whole = n - n % L
+        direct = storage == ACC_STORAGE and stride == ACC_BYTES
+        if not direct:
+            for r in range(w):                          # into row-major scratch first; the targets wait behind it in the table
+                addresses[W + r] = addresses[r]
+                addresses[r] = address_of(rows + r * n)
+        for r in range(0, w, L):
+            for c in range(0, whole, L):
+                transpose_out(src + (c * w + r), w, factor + r, addresses + r, c, count - r, L)
+        for r in range(count):
+            row = acc_ptr(addresses[r])
+            for c in range(whole, n):
+                row[c] = src[c * w + r] * factor[r] + ZERO
+        if not direct:
+            for r in range(count):
+                write_row(rows + r * n, addresses[W + r], stride, storage, n)
+
+    @jit
+    def all_finite(p, n):
+        """Whether n numbers are finite: x - x is 0 for those, NaN for the others."""
+        a0 = splat(ZERO, L)
+        a1 = a0
+        whole = n - n % (2 * L)
+        for x in range(0, whole, 2 * L):
+            b0, b1 = load(p + x, L), load(p + (x + L), L)
+            a0 = a0 + (b0 - b0)
+            a1 = a1 + (b1 - b1)
+        bad = not_zero(a0 + a1)
+        for x in range(whole, n):
+            bad = bad or not (p[x] - p[x] == ZERO)
+        return not bad
+
+    @jit
+    def copy_block(address, row_stride, stride, storage, dst, rows, n):
+        for j in range(rows):
+            read_row(address + j * row_stride, stride, storage, dst + j * n, n)
+
+    # ------------------------------------------------------------ pair masks and modifiers
+
+    @jit
+    def row_addresses(table, base, stride_h, stride_i, heads, rows, w, count):
+        for r in range(w):
+            x = min(r, count - 1)
+            table[r] = base + heads[x] * stride_h + rows[x] * stride_i
+
+    @jit
+    def mask_bytes(call, n, b, heads, rows, w, count, key, keys, table, seen, visible):
+        """visible &= the n-th bool array."""
+        spec = i64_ptr(call.masks) + 5 * n
+        row_addresses(table, spec[0] + b * spec[1] + key * spec[4], spec[2], spec[3], heads, rows, w, count)
+        if spec[4] == 1:
+            gather_bytes(table, seen, w, keys)
+        else:
+            for r in range(w):
+                for j in range(keys):
+                    seen[j * w + r] = u8_ptr(table[r] + j * spec[4])[0]
+        for x in range(keys * w):
+            visible[x] = visible[x] if seen[x] else 0
+
+    @jit
+    def segment_bytes(call, n, b, rows, w, count, key, keys, visible):
+        spec = i64_ptr(call.segments) + 4 * n
+        q_ids, k_ids = i64_ptr(spec[0] + b * spec[1]), i64_ptr(spec[2] + b * spec[3]) + key
+        for r in range(w):
+            own = q_ids[rows[min(r, count - 1)]]
+            for j in range(keys):
+                if k_ids[j] != own:
+                    visible[j * w + r] = 0
+
+    @jit
+    def mod_calls(fn, aux, target, b, heads, rows, w, count, key, keys):
+        """fn over the tile, one call a run of lanes that share a head: fn(target, w, lanes, b, h, i0, key, keys, aux)."""
+        r = 0
+        while r < count:
+            end = r + 1
+            while end < count and heads[end] == heads[r]:
+                end += 1
+            call_address(fn, address_of(target + r), w, end - r, b, heads[r], rows[r], key, keys, aux)
+            r = end
+
+    @jit
+    def softcap(s, w, first, last, scale_in, scale_out):
+        """c tanh(s / c)."""
+        for x in range(first * w, last * w):
+            s[x] = acc(scale_out) * tanh(s[x] * acc(scale_in))
+
+    @jit
+    def add_bias(s, bias, w, first, last, unit):
+        for x in range(first * w, last * w):
+            s[x] = s[x] + bias[x] * acc(unit)
+
+    @jit
+    def add_alibi(s, slopes, position, w, first, last):
+        """s -= slope |i + offset - j|; slopes carry the unit; position is relative to the block."""
+        for j in range(first, last):
+            row = s + j * w
+            for r in range(w):
+                row[r] = row[r] - slopes[r] * abs(position[r] - acc(j))
+
+    @jit
+    def philox_word(c0, c1, c2, c3, k0, k1, word):
+        """Philox4x32-10 (Salmon et al. 2011): one 32-bit word of the block at counter (c0, c1, c2, c3)."""
+        low = np.uint64(0xFFFFFFFF)
+        for _ in range(10):
+            p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+            c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low
+            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+        return c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
+
+    @jit
+    def dropout(call, p, b, heads, rows, w, count, key, first, last):
+        """Weights of dropped pairs become 0, the others are divided by the chance to stay; l is summed already."""
+        k0, k1 = np.uint64(call.seed) & np.uint64(0xFFFFFFFF), np.uint64(call.seed) >> np.uint64(32)
+        scale = acc(call.drop_scale)
+        for j in range(first, last):
+            block, word = np.uint64(key + j) >> np.uint64(2), (key + j) & 3
+            for r in range(count):
+                x = philox_word(np.uint64(rows[r]), block, np.uint64(heads[r]), np.uint64(b), k0, k1, word)
+                p[j * w + r] = p[j * w + r] * scale if x >= np.uint64(call.drop_below) else ZERO
+
+    # ------------------------------------------------------------ one tile of queries
+
+    # Per tile, in a table of int64: counts, then W numbers each of row index, head, first and end key.
+    COUNT, WIDTH, LOW, HIGH, INNER_LOW, INNER_HIGH, FINITE, ROWS_AT = 0, 1, 2, 3, 4, 5, 6, 8
+    HEADS_AT, LO_AT, HI_AT, INFO = ROWS_AT + W, ROWS_AT + 2 * W, ROWS_AT + 3 * W, ROWS_AT + 4 * W
+
+    @jit
+    def locate(call, sequence, kv_head, index, info):
+        """Which queries tile `index` of a (sequence, key head) holds, and which keys they may see, counted from the sequence's start."""
+        b, q_start, q_len, k_start, k_len = sequence[0], sequence[1], sequence[2], sequence[3], sequence[4]
+        offset, prefix, group = sequence[5], sequence[6], call.group
+        rows, heads, lo, hi = info + ROWS_AT, info + HEADS_AT, info + LO_AT, info + HI_AT
+        if q_len < W:                                   # short: the queries of a group's heads lie side by side
+            first = index * W
+            count = min(W, group * q_len - first)
+            for r in range(count):
+                heads[r] = kv_head * group + (first + r) // q_len
+                rows[r] = (first + r) % q_len
+        else:                                           # a tile lies in one head; the heads of a group take turns
+            first = (index // group) * W
+            count = min(W, q_len - first)
+            for r in range(count):
+                heads[r] = kv_head * group + index % group
+                rows[r] = first + r
+        width = (count + L - 1) // L * L
+        low, high, inner_low, inner_high = k_len, 0, 0, k_len
+        for r in range(count):
+            i = rows[r] + offset
+            start = max(0, i - call.left) if call.left < OPEN else 0
+            end = k_len
+            if call.has_prefix:
+                end = min(end, max(prefix, i + 1))
+            if call.right < OPEN:
+                end = min(end, i + call.right + 1)
+            if call.start:
+                at = b * call.bounds_b + heads[r] * call.bounds_h + (q_start + rows[r]) * call.bounds_s
+                start = max(start, i64_ptr(call.start + at)[0] - k_start)
+                end = min(end, i64_ptr(call.end + at)[0] - k_start)
+            if start >= end:
+                start, end = k_len, k_len               # sees nothing
+                inner_high = 0
+            else:
+                low, high = min(low, start), max(high, end)
+                inner_low, inner_high = max(inner_low, start), min(inner_high, end)
+            lo[r], hi[r] = start, end
+            rows[r] += q_start
+        for r in range(count, width):                   # idle lanes repeat the last query
+            rows[r], heads[r], lo[r], hi[r] = rows[count - 1], heads[count - 1], lo[count - 1], hi[count - 1]
+        info[COUNT], info[WIDTH], info[LOW], info[HIGH], info[INNER_LOW], info[INNER_HIGH] = count, width, low, high, inner_low, inner_high
+
+    @jit
+    def begin(call, b, info, table, rows_scratch, q, o, m, l, sinks_unit):
+        w, count, n = info[WIDTH], info[COUNT], call.qk_dim
+        heads = info + HEADS_AT
+        row_addresses(table, call.q + b * call.q_b, call.q_h, call.q_s, heads, info + ROWS_AT, w, count)
+        read_rows(table, call.q_d, call.storage, rows_scratch, q, w, n)
+        factor = acc(call.q_scale)
+        for x in range(n * w):
+            q[x] = q[x] * factor
+        info[FINITE] = all_finite(q, n * w)
+        for x in range(call.v_dim * w):
+            o[x] = ZERO
+        for r in range(w):
+            m[r] = NEG_INF
+            l[r] = ZERO
+        if call.sinks:
+            sinks = acc_ptr(call.sinks)
+            for r in range(w):
+                m[r] = sinks[heads[r]] * acc(LOG2E)
+                l[r] = ZERO if m[r] == NEG_INF else ONE
+
+    @jit
+    def flush(w, n, o, m, l, o_sum, m_sum, l_sum):
+        """Third level: what a tile has summed so far moves to (o_sum, m_sum, l_sum); exact for a lane that has summed nothing since."""
+        for r in range(w):
+            m_new = m[r]
+            safe = ZERO if m_new == NEG_INF else m_new
+            # alpha as the vector code computes it, lane by lane
+            m_sum[W + r] = m_sum[r] - safe
+            m_sum[r] = m_new
+        for c in range(0, w, L):
+            al = exp2(load(m_sum + (W + c), L))
+            store(l_sum + c, load(l_sum + c, L) * al + load(l + c, L))
+            store(l + c, splat(ZERO, L))
+            for d in range(n):
+                at = d * w + c
+                store(o_sum + at, load(o_sum + at, L) * al + load(o + at, L))
+                store(o + at, splat(ZERO, L))
+
+    @jit
+    def finish(call, b, info, table, rows_scratch, o, m, l):
+        """out = O' / l, 0 for an empty row; lse = m + log l in natural units.
+
+        -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not depend on that.
+        """
+        w, count = info[WIDTH], info[COUNT]
+        rows, heads = info + ROWS_AT, info + HEADS_AT
+        if call.lse:
+            base = call.lse + b * call.lse_b
+            for r in range(count):
+                value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))
+                acc_ptr(base + heads[r] * call.lse_h + rows[r] * call.lse_s)[0] = acc(value)
+        for r in range(w):
+            l[r] = ZERO if l[r] == ZERO else ONE / l[r]
+        row_addresses(table, call.out + b * call.out_b, call.out_h, call.out_s, heads, rows, w, count)
+        write_rows(o, l, table, call.out_d, call.storage, rows_scratch, w, count, call.v_dim)
+
+    @jit
+    def attend_block(call, b, info, j0, first, last, key, k, ldk, finite, v, ldv, q, o, m, l, s, visible, seen, bias, alpha, bounds, lanes, table,
+                     rows_scratch, offset):
+        """Keys first:last of the block at j0 (sequence), key (array) into the state of one tile."""
+        w, count = info[WIDTH], info[COUNT]
+        rows, heads = info + ROWS_AT, info + HEADS_AT
+        partial = j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
+        pairwise = call.n_masks + call.n_segments + call.n_mask_mods > 0
+        if partial or pairwise or call.bias != 0:
+            interval_bytes(visible, info + LO_AT, info + HI_AT, j0, w, first, last, call.block, bounds)
+        keys = last - first
+        if pairwise or call.bias != 0:
+            part = visible + first * w
+            for n in range(call.n_masks):
+                mask_bytes(call, n, b, heads, rows, w, count, key + first, keys, table, seen, part)
+            for n in range(call.n_segments):
+                segment_bytes(call, n, b, rows, w, count, key + first, keys, part)
+            for n in range(call.n_mask_mods):
+                spec = i64_ptr(call.mask_mods) + 2 * n
+                mod_calls(spec[0], spec[1], part, b, heads, rows, w, count, key + first, keys)
+            if call.bias:
+                row_addresses(table, call.bias + b * call.bias_b + (key + first) * call.bias_j, call.bias_h, call.bias_i, heads, rows, w, count)
+                read_rows(table, call.bias_j, call.bias_storage, rows_scratch, bias + first * w, w, keys)
+                tile = bias + first * w
+                for x in range(keys * w):
+                    part[x] = 0 if tile[x] == NEG_INF else part[x]
+            total = 0
+            for j in range(keys):
+                for r in range(count):
+                    total += np.int64(part[j * w + r] != 0)
+            if total == 0:
+                return
+            partial = total < keys * count
+        scores(k, ldk, q, s, w, first, last, call.qk_dim)
+        if not finite or not info[FINITE]:              # an infinite feature has no finite answer: its -inf must not pass for a hidden pair
+            for x in range(first * w, last * w):
+                s[x] = s[x] + (s[x] - s[x])
+        if call.use_softcap:
+            softcap(s, w, first, last, call.softcap_in, call.softcap_out)
+        if call.bias:
+            add_bias(s, bias, w, first, last, call.unit)
+        if call.slopes:
+            slopes = acc_ptr(call.slopes + b * call.slopes_b)
+            for r in range(w):
+                lanes[r] = slopes[heads[r]] * acc(call.unit)
+                lanes[W + r] = acc(rows[r] + offset - j0)
+            add_alibi(s, lanes, lanes + W, w, first, last)
+        if call.score_mod:
+            mod_calls(call.score_mod, call.score_aux, s + first * w, b, heads, rows, w, count, key + first, keys)
+            any_hidden = False
+            for x in range(first * w, last * w, L):
+                any_hidden = any_hidden or any_bit(load(s + x, L) == splat(NEG_INF, L))
+            if any_hidden:                              # score_mod hid a pair by returning -inf
+                if not partial:
+                    interval_bytes(visible, info + LO_AT, info + HI_AT, j0, w, first, last, call.block, bounds)
+                    partial = True
+                for x in range(first * w, last * w):
+                    visible[x] = 0 if s[x] == NEG_INF else visible[x]
+        if partial:
+            hide(s, visible, w, first, last)
+        padded = (last + 3) & ~3
+        for x in range(last * w, padded * w):
+            s[x] = NEG_INF
+        online_softmax(s, w, first & ~3, padded, m, l, alpha)
+        if call.drop:
+            dropout(call, s, b, heads, rows, w, count, key, first, last)
+        values(v, ldv, s, visible, partial, o, alpha, w, first, last, call.v_dim)
+
+    # ------------------------------------------------------------ work items
+
+    @jit
+    def attend(call, sequence, kv_head, first_tile, n_tiles, scratch):
+        """n_tiles query tiles of one (sequence, key head), together over the keys that any of them needs."""
+        b, k_start, k_len, block = sequence[0], sequence[3], sequence[4], call.block
+        qk, dv = call.qk_dim, call.v_dim
+        long = k_len > FLUSH
+        # scratch: everything starts on a 64-byte boundary (the largest single gain in speed)
+        p = scratch
+        s = acc_ptr(p)
+        p += block * W * ACC_BYTES
+        q_all = acc_ptr(p)
+        p += n_tiles * qk * W * ACC_BYTES
+        o_all = acc_ptr(p)
+        p += n_tiles * dv * W * ACC_BYTES
+        state = acc_ptr(p)                              # m, l of each tile, then alpha and two spare rows
+        p += (4 * n_tiles + 4) * W * ACC_BYTES
+        infos = i64_ptr(p)
+        p += (n_tiles * INFO * 8 + 63) & ~63
+        table = i64_ptr(p)
+        p += 2 * W * 8
+        bounds = i32_ptr(p)
+        p += 4 * W * 4
+        visible = u8_ptr(p)
+        p += block * W
+        seen = u8_ptr(p)
+        p += block * W
+        rows_scratch = acc_ptr(p)
+        p += W * max(max(qk, dv), block) * ACC_BYTES
+        bias = acc_ptr(p)
+        p += block * W * ACC_BYTES
+        k_copy = acc_ptr(p)
+        p += (block * qk * ACC_BYTES + 63) & ~63
+        v_copy = acc_ptr(p)
+        p += (block * dv * ACC_BYTES + 63) & ~63
+        o_sums = acc_ptr(p)
+        alpha = state + 4 * n_tiles * W
+        lanes = alpha + W
+
+        low, high = k_len, 0
+        for t in range(n_tiles):
+            info = infos + t * INFO
+            locate(call, sequence, kv_head, first_tile + t, info)
+            low, high = min(low, info[LOW]), max(high, info[HIGH])
+            begin(call, b, info, table, rows_scratch, q_all + t * qk * W, o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W, 1)
+            if long:
+                o_sum = o_sums + t * (dv + 4) * W
+                for x in range((dv + 1) * W):
+                    o_sum[x] = ZERO
+                for x in range((dv + 1) * W, (dv + 2) * W):
+                    o_sum[x] = NEG_INF
+
+        copy_k = call.storage != ACC_STORAGE or call.k_d != ACC_BYTES or call.k_s != qk * ACC_BYTES
+        copy_v = call.storage != ACC_STORAGE or call.v_d != ACC_BYTES or call.v_s != dv * ACC_BYTES
+        j0 = low // block * block
+        while j0 < high:
+            keys = min(block, k_len - j0)
+            key = k_start + j0
+            needed = False
+            for t in range(n_tiles):
+                info = infos + t * INFO
+                needed = needed or (info[LOW] < j0 + keys and info[HIGH] > j0)
+            if needed:
+                k_at = call.k + b * call.k_b + kv_head * call.k_h + key * call.k_s
+                v_at = call.v + b * call.v_b + kv_head * call.v_h + key * call.v_s
+                if copy_k:
+                    copy_block(k_at, call.k_s, call.k_d, call.storage, k_copy, keys, qk)
+                if copy_v:
+                    copy_block(v_at, call.v_s, call.v_d, call.storage, v_copy, keys, dv)
+                k = k_copy if copy_k else acc_ptr(k_at)
+                finite = all_finite(k, keys * qk)
+                v = v_copy if copy_v else acc_ptr(v_at)
+                for t in range(n_tiles):
+                    info = infos + t * INFO
+                    first, last = max(info[LOW] - j0, 0) & ~7, min(info[HIGH] - j0, keys)
+                    if first < last:
+                        last = min((last + 7) & ~7, keys)
+                        attend_block(call, b, info, j0, first, last, key, k, qk, finite, v, dv, q_all + t * qk * W, o_all + t * dv * W,
+                                     state + 4 * t * W, state + (4 * t + 1) * W, s, visible, seen, bias, alpha, bounds, lanes, table,
+                                     rows_scratch, sequence[5] - sequence[1])
+            j0 += block
+            if long and j0 % FLUSH == 0:
+                for t in range(n_tiles):
+                    o_sum = o_sums + t * (dv + 4) * W
+                    flush(infos[t * INFO + WIDTH], dv, o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W, o_sum, o_sum + (dv + 1) * W,
+                          o_sum + dv * W)
+        for t in range(n_tiles):
+            info = infos + t * INFO
+            o, m, l = o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W
+            if long:
+                o_sum = o_sums + t * (dv + 4) * W
+                flush(info[WIDTH], dv, o, m, l, o_sum, o_sum + (dv + 1) * W, o_sum + dv * W)
+                o, l = o_sum, o_sum + dv * W
+            finish(call, b, info, table, rows_scratch, o, m, l)
+
+    @jit
+    def scratch_bytes(call):
+        tiles, qk, dv, block = call.tiles, call.qk_dim, call.v_dim, call.block
+        per_tile = (qk + 2 * dv + 8) * W * ACC_BYTES + INFO * 8 + 64
+        fixed = block * W * (2 * ACC_BYTES + 2) + 4 * W * ACC_BYTES + 32 * W + W * max(max(qk, dv), block) * ACC_BYTES
+        return tiles * per_tile + fixed + block * (qk + dv) * ACC_BYTES + 256
+
+    def drain(call_at):
+        """Take work items off the shared counter until none is left; items are independent, so bits do not depend on who takes which."""
+        call = _call_record(call_at)
+        buffer = np.empty(scratch_bytes(call), np.uint8)
+        scratch = (buffer.ctypes.data + 63) & ~63
+        first_item = i64_ptr(call.first_item)
+        counter = i64_ptr(call.counter)
+        while True:
+            item = fetch_add(counter, 1)
+            if item >= call.n_items:
+                break
+            low, high = 0, call.n_sequences             # the sequence whose items hold this one
+            while high - low > 1:
+                middle = (low + high) // 2
+                if first_item[middle] <= item:
+                    low = middle
+                else:
+                    high = middle
+            sequence = i64_ptr(call.sequences) + SEQUENCE * low
+            q_len, group = sequence[2], call.group
+            n_tiles = (group * q_len + W - 1) // W if q_len < W else group * ((q_len + W - 1) // W)
+            local = item - first_item[low]
+            chunks = (n_tiles + call.tiles - 1) // call.tiles
+            chunk = chunks - 1 - local // call.kv_heads  # late queries first: with a causal mask they are the heavy ones
+            first_tile = chunk * call.tiles
+            attend(call, sequence, local % call.kv_heads, first_tile, min(call.tiles, n_tiles - first_tile), scratch)
+
+    return drain
+

@@ -1,0 +1,189 @@
+"""A Problem -> one kernel call: fills the CALL record, chooses tiles and threads, allocates nothing the size of the inputs."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba.core import types
+
+from ..online import LOG2E
+from . import threads
+from .compile import array_type, compile_cfunc, compile_entry
+from .forward import CALL, MAX_TILES, OPEN, STORAGE, build, key_block, tile_rows
+from .modifiers import aux_table, tile_function
+from .simd import call_address
+
+if TYPE_CHECKING:
+    from ..plan import Problem
+
+N_FIELDS = CALL.itemsize // 8
+INDEX = {name: n for n, name in enumerate(CALL.names or ())}
+
+# Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking another.
+SERIAL_FLOPS = 2e6
+
+
+@dataclass
+class Launch:
+    """A call without its q, k, v, out and lse: reusable as long as nothing else of it is call data."""
+    elem: str
+    storage: np.dtype[Any]      # the dtype that arrays enter the kernel with: halves as uint16
+    template: np.ndarray
+    flops: float
+    n_items: int
+    fill: bool                  # some query is in no sequence
+    keep: list[Any] = field(default_factory=list)      # what the addresses in the template point to
+
+
+@cache
+def drain_address(elem: str) -> int:
+    return compile_cfunc(build(elem), types.void(types.intp), f"forward-{elem}")
+
+
+_FIXED = {n: INDEX[n] for n in ("q", "k", "v", "out", "lse", "q_b", "k_b", "v_b", "out_b", "lse_b", "counter")}
+_Q, _K, _V, _OUT, _LSE, _QB, _KB, _VB, _OB, _LB, _COUNTER = _FIXED.values()
+
+
+def _entry(q, k, v, out, lse, template, call, drain):
+    """Copy the template, add addresses and strides, and run the worker here if drain is not 0; the address of the record."""
+    for x in range(N_FIELDS):
+        call[x] = template[x]
+    call[_Q], call[_K], call[_V], call[_OUT] = q.ctypes.data, k.ctypes.data, v.ctypes.data, out.ctypes.data
+    for x in range(4):
+        call[_QB + x], call[_KB + x], call[_VB + x], call[_OB + x] = q.strides[x], k.strides[x], v.strides[x], out.strides[x]
+    if template[_LSE]:
+        call[_LSE] = lse.ctypes.data
+        for x in range(3):
+            call[_LB + x] = lse.strides[x]
+    at = call.ctypes.data
+    call[N_FIELDS] = 0
+    call[_COUNTER] = at + 8 * N_FIELDS
+    if drain:
+        call_address(drain, at)
+    return at
+
+
+@cache
+def entry(storage: np.dtype[Any]):
+    lse = np.dtype(np.float64 if storage == np.float64 else np.float32)
+    numbers = types.Array(types.int64, 1, "C")
+    arrays = [array_type(storage, 4)] * 3 + [array_type(storage, 4, True), array_type(lse, 3, True)]
+    return compile_entry(_entry, types.intp(*arrays, types.Array(types.int64, 1, "C", readonly=True), numbers, types.intp), f"entry-{storage.name}")
+
+
+def _set_array(record, name: str, array: np.ndarray, axes: str) -> None:
+    record[name] = array.ctypes.data
+    for axis, stride in zip(axes, array.strides):
+        record[f"{name}_{axis}"] = stride
+
+
+def prepare(problem: Problem, want_lse: bool) -> Launch:
+    """The record of a call, but for the arrays that `run` adds."""
+    name = problem.dtype.name
+    elem = "f64" if name == "float64" else "f32"
+    record_array = np.zeros(1, CALL)
+    record = record_array[0]
+    sequences = problem.sequences
+    if len(sequences) > 1 and np.any(sequences[:, 2:5:2] != sequences[0, 2:5:2]):
+        sequences = sequences[np.argsort(-sequences[:, 2] * sequences[:, 4], kind="stable")]        # the longest first
+    sequences = np.ascontiguousarray(sequences)
+    keep: list[Any] = [sequences]
+
+    rows = tile_rows(elem)
+    group, kv_heads, qk, dv = problem.q_heads // problem.kv_heads, problem.kv_heads, problem.qk_dim, problem.v_dim
+    q_lens = sequences[:, 2]
+    tiles = np.where(q_lens < rows, -(-group * q_lens // rows), group * -(-q_lens // rows))
+    total = int(tiles.sum()) * kv_heads
+    share = min(MAX_TILES, max(1, total // (4 * threads.numba.config.NUMBA_NUM_THREADS)))
+    items = -(-tiles // share) * kv_heads
+    first_item = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum(items, out=first_item[1:])
+    keep.append(first_item)
+
+    span = min(problem.left, problem.kv_len) + min(problem.right, problem.kv_len) + 1
+    pairs = float((q_lens * np.minimum(sequences[:, 4], span)).sum()) * problem.q_heads
+
+    natural = problem.softcap != 0.0 or problem.score_mod is not None
+    unit = 1.0 if problem.score_mod is not None else LOG2E
+    record["storage"] = STORAGE[name]
+    record["lse"] = want_lse
+    record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
+    record["block"], record["tiles"] = key_block(elem, qk), share
+    record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
+    record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
+    record["left"], record["right"], record["has_prefix"] = min(problem.left, OPEN), min(problem.right, OPEN), problem.has_prefix
+    record["q_scale"] = problem.scale * (1.0 if natural else LOG2E)
+    record["unit"] = unit
+    if problem.softcap:
+        record["use_softcap"], record["softcap_in"], record["softcap_out"] = 1, 1.0 / problem.softcap, problem.softcap * unit
+    if problem.start is not None:
+        assert problem.end is not None
+        record["start"], record["end"] = problem.start.ctypes.data, problem.end.ctypes.data
+        for axis, n, stride in zip("bhs", problem.start.shape, problem.start.strides):
+            record[f"bounds_{axis}"] = stride if n > 1 else 0
+        keep += [problem.start, problem.end]
+    if problem.bias is not None:
+        _set_array(record, "bias", problem.bias, "bhij")
+        record["bias_storage"] = STORAGE[problem.bias.dtype.name]
+        keep.append(problem.bias)
+    if problem.masks:
+        table = np.array([[m.ctypes.data, *m.strides] for m in problem.masks], np.int64)
+        record["masks"], record["n_masks"] = table.ctypes.data, len(table)
+        keep += [table, problem.masks]
+    if problem.segments:
+        table = np.array([[q.ctypes.data, q.strides[0] if len(q) > 1 else 0, k.ctypes.data, k.strides[0] if len(k) > 1 else 0]
+                          for q, k in problem.segments], np.int64)
+        record["segments"], record["n_segments"] = table.ctypes.data, len(table)
+        keep += [table, problem.segments]
+    if problem.mask_mods:
+        spec = []
+        for fn, aux in problem.mask_mods:
+            numbers = aux_table(aux)
+            keep += [numbers, aux]
+            spec.append([tile_function(fn, "mask", elem, aux), numbers.ctypes.data])
+        table = np.array(spec, np.int64)
+        record["mask_mods"], record["n_mask_mods"] = table.ctypes.data, len(table)
+        keep.append(table)
+    if problem.score_mod is not None:
+        numbers = aux_table(problem.aux)
+        record["score_mod"], record["score_aux"] = tile_function(problem.score_mod, "score", elem, problem.aux), numbers.ctypes.data
+        keep += [numbers, problem.aux]
+    if problem.slopes is not None:
+        record["slopes"] = problem.slopes.ctypes.data
+        record["slopes_b"] = problem.slopes.strides[0] if len(problem.slopes) > 1 else 0
+        keep.append(problem.slopes)
+    if problem.sinks is not None:
+        record["sinks"] = problem.sinks.ctypes.data
+        keep.append(problem.sinks)
+    if problem.dropout_p > 0:
+        record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2 ** 32)
+        record["drop_scale"] = 1.0 / (1.0 - problem.dropout_p)
+        record["seed"] = np.array(problem.seed, np.uint64).view(np.int64)
+    storage = problem.dtype if name in ("float32", "float64") else np.dtype(np.uint16)
+    fill = int(q_lens.sum()) < problem.batch * problem.q_len
+    return Launch(elem, storage, record_array.view(np.int64), 2.0 * pairs * (qk + dv), int(first_item[-1]), fill, keep)
+
+
+_NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float32), ("f64", np.float64))}
+
+
+def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, lse: np.ndarray | None) -> None:
+    """Run the forward kernel on (B, H, S, D) views; writes out, and lse if the launch was prepared for one."""
+    if launch.storage == np.uint16:
+        q, k, v, out_ = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
+    else:
+        out_ = out
+    if launch.fill:
+        out[...] = 0
+        if lse is not None:
+            lse[...] = -np.inf
+    drain = drain_address(launch.elem)
+    call = np.empty(N_FIELDS + 1, np.int64)
+    n = 1
+    if launch.flops > SERIAL_FLOPS and launch.n_items > 1:
+        n = min(threads.usable(), launch.n_items)
+    at = entry(launch.storage)(q, k, v, out_, _NO_LSE[launch.elem] if lse is None else lse, launch.template, call, drain if n == 1 else 0)
+    if n > 1:
+        threads.run(at, drain, n)

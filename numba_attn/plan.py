@@ -1,0 +1,491 @@
+"""Arguments -> `Problem`: every check and every error of a call, and the arrays as the kernels read them.
+
+`resolve` runs at every call, so a plain one must cost microseconds: it asks each question once, touches NumPy only for
+what was given, and leaves all that concerns masks to `mask.lower`, unless a call is so plain that its mask is two
+numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, accumulation, integer, plain, real
+from .mask import (
+    OPEN,
+    Causal,
+    Mask,
+    Pairs,
+    Part,
+    Shape,
+    ambiguous,
+    aux_arrays,
+    bool_pairs,
+    check_align,
+    check_window,
+    lower,
+    over_pairs,
+    unused_align,
+    whole_rows,
+)
+from .score import ScoreMod, check_function
+
+__all__ = ["OPEN", "Problem", "check_out", "in_layout", "lse_shape", "output_shape", "resolve"]
+
+# What a layout's array needs to become (B, H, S, D): its number of axes, how many leading axes it lacks, whether S
+# comes before H.
+_LAYOUTS = {"bhsd": (4, 0, False), "bshd": (4, 0, True), "hsd": (3, 1, False), "shd": (3, 1, True), "sd": (2, 2, False)}
+_AXES = {"b": "batch", "h": "heads", "s": "sequence", "d": "head size"}
+
+_MAX_WORK = 10_000_000  # for np.shares_memory, about a tenth of a second; ordinary strides need less than a hundred
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """A checked call. Every array is a base-class view of the caller's, in (B, H, S, D) order, whatever layout came
+    in."""
+
+    q: Array  # (B, Hq, Sq, Dk)
+    k: Array  # (B, Hkv, Sk, Dk)
+    v: Array  # (B, Hkv, Sk, Dv)
+    layout: str
+    dtype: np.dtype[Any]
+    acc: type  # np.float64 or np.float32: what sums are kept in
+    scale: float
+    softcap: float  # 0.0 = none
+    # Window in keys, counted with i and j from the sequence's start: i + offset - left <= j <= i + offset + right; OPEN
+    # = no bound. Causal is right = 0. With has_prefix there is one more: j < prefix or j <= i + offset.
+    left: int
+    right: int
+    has_prefix: bool
+    # int64 C (n, 7): batch, q_start, q_len, k_start, k_len, offset, prefix. A query in none is an empty row.
+    sequences: Array
+    start: Array | None  # int64 C (1 or B, 1 or Hq, Sq), key array indices: start <= j < end, besides all other bounds
+    end: Array | None
+    segments: tuple[tuple[Array, Array], ...]  # int64 C (1 or B, Sq) and (1 or B, Sk): equal ids see each other
+    masks: tuple[Array, ...]  # bool (B, Hq, Sq, Sk), zero strides where broadcast
+    mask_mods: tuple[tuple[Callable[..., Any], tuple[Array, ...]], ...]
+    bias: Array | None  # any of the four float dtypes, (B, Hq, Sq, Sk), zero strides where broadcast
+    slopes: Array | None  # acc, C (1 or B, Hq)
+    sinks: Array | None  # acc, C (Hq,)
+    score_mod: Any
+    aux: tuple[Array, ...]
+    dropout_p: float
+    seed: int
+
+    @property
+    def batch(self) -> int:
+        return int(self.q.shape[0])
+
+    @property
+    def q_heads(self) -> int:
+        return int(self.q.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.k.shape[1])
+
+    @property
+    def q_len(self) -> int:
+        return int(self.q.shape[2])
+
+    @property
+    def kv_len(self) -> int:
+        return int(self.k.shape[2])
+
+    @property
+    def qk_dim(self) -> int:
+        return int(self.q.shape[3])
+
+    @property
+    def v_dim(self) -> int:
+        return int(self.v.shape[3])
+
+
+def resolve(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: Any = False,
+    window: Any = None,
+    align: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    scale: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    aux: Any = (),
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    layout: Any = "bhsd",
+) -> Problem:
+    """Check the arguments of `attention` and say what they mean.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For everything that is not as `attention` says, naming the argument, what was given and what is accepted.
+    """
+    q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
+    dtype = q.dtype
+    acc = accumulation(dtype, "q")
+    if k.dtype != dtype or v.dtype != dtype:
+        raise _dtypes_differ(q, k, v)
+    if type(layout) is not str or layout != "bhsd":
+        q, k, v = _to_bhsd(q, layout, "q"), _to_bhsd(k, layout, "k"), _to_bhsd(v, layout, "v")
+    elif not q.ndim == k.ndim == v.ndim == 4:
+        for x, name in ((q, "q"), (k, "k"), (v, "v")):
+            _to_bhsd(x, layout, name)
+    batch, q_heads, q_len, qk_dim = q.shape
+    k_batch, kv_heads, kv_len, k_dim = k.shape
+    if (
+        k_batch != batch
+        or k_dim != qk_dim
+        or v.shape[:3] != k.shape[:3]
+        or not kv_heads
+        or q_heads % kv_heads
+        or not q_heads
+        or not qk_dim
+    ):
+        raise _sizes_differ(q, k, v, layout)
+
+    if scale is None:
+        scale = 1.0 / math.sqrt(qk_dim)
+    else:
+        scale = _finite(scale, "scale", acc, "a finite float (1 / sqrt(Dk) if left out)")
+    if softcap is None:
+        softcap = 0.0
+    else:
+        takes = "a finite float > 0, or None for no softcap"
+        softcap = _finite(softcap, "softcap", acc, takes)
+        if not acc(softcap) > 0:
+            raise ValueError(f"softcap is {softcap}; it takes {takes}")
+    if causal is not False and causal is not True:
+        if not isinstance(causal, np.bool_):
+            raise TypeError(
+                f"causal is {causal!r}; it takes a bool (which way it is aligned goes to align=, a Mask to mask=)"
+            )
+        causal = bool(causal)
+
+    shape = None  # made where something is asked of it
+    if mask is None and window is None and alibi_slopes is None and align is None:
+        if causal and q_len != kv_len and q_len and kv_len and batch:
+            raise ambiguous("causal", q_len, kv_len)
+        slopes, low = None, None
+        masks: tuple[Array, ...] = ()
+        left, right, rows = OPEN, 0 if causal else OPEN, whole_rows(batch, q_len, kv_len, 0)
+    else:
+        shape = Shape(batch, q_heads, q_len, kv_len, _LAYOUTS[layout][1])
+        align = check_align(align, "align")
+        slopes = None if alibi_slopes is None else _slopes(alibi_slopes, shape, acc)
+        if isinstance(mask, Mask) or isinstance(align, np.ndarray):
+            low = lower(keyword_parts(causal, window, mask), align, shape, slopes is not None)
+            left, right, rows, masks = low.left, low.right, low.sequences, low.masks
+        else:
+            low = None
+            left, right, offset = _band(causal, window, align, shape, slopes is not None)
+            rows = whole_rows(batch, q_len, kv_len, offset)
+            masks = () if mask is None else (over_pairs(bool_pairs(mask, "mask"), "mask", shape),)
+    if bias is not None:
+        bias = over_pairs(_bias(bias), "bias", shape or Shape(batch, q_heads, q_len, kv_len, _LAYOUTS[layout][1]))
+    if sinks is not None:
+        sinks = _in_acc(sinks, "sinks", acc)
+        if sinks.shape != (q_heads,):
+            raise ValueError(
+                f"sinks has shape {sinks.shape}; it takes one logit for each query head, (Hq,) = ({q_heads},)"
+            )
+    if score_mod is not None:
+        aux = _check_score_mod(score_mod, aux)
+    elif type(aux) is not tuple or aux:
+        aux = _unused_aux(aux)
+    if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None:
+        dropout_p, seed = _dropout(dropout_p, seed)
+    else:
+        seed = 0
+
+    if low is None:
+        return Problem(
+            q, k, v, layout, dtype, acc, scale, softcap, left, right, False, rows, None, None, (), masks, (),
+            bias, slopes, sinks, score_mod, aux, dropout_p, seed,
+        )  # fmt: skip
+    return Problem(
+        q, k, v, layout, dtype, acc, scale, softcap, left, right, low.has_prefix, rows, low.start, low.end,
+        low.segments, masks, low.mask_mods, bias, slopes, sinks, score_mod, aux, dropout_p, seed,
+    )  # fmt: skip
+
+
+def _band(causal: bool, window: Any, align: str | int | None, shape: Shape, alibi: bool) -> tuple[int, int, int]:
+    """left, right and offset of a call without a Mask: what `lower` would find, in a tenth of the time."""
+    left, right = OPEN, 0 if causal else OPEN
+    if window is not None:
+        part = check_window(window)
+        left = OPEN if part.left is None else min(part.left, OPEN)
+        right = right if part.right is None else min(part.right, right)
+    q_len, kv_len = shape.q_len, shape.kv_len
+    used = alibi or left < OPEN or right < OPEN
+    if align is None:
+        if used and q_len != kv_len and q_len and kv_len and shape.batch:
+            raise ambiguous("causal" if causal else "alibi_slopes" if alibi else "window", q_len, kv_len)
+        return left, right, 0
+    if not used:
+        if window is None:
+            raise unused_align()
+        return left, right, 0
+    return left, right, kv_len - q_len if align == "bottom_right" else 0 if align == "top_left" else int(align)
+
+
+def keyword_parts(causal: bool, window: Any, mask: Any) -> list[Part]:
+    """causal=, window= and mask= as one list of parts, which all apply."""
+    parts: list[Part] = []
+    if causal:
+        parts.append(Causal())
+    if window is not None:
+        parts.append(check_window(window))
+    if isinstance(mask, Mask):
+        parts.extend(mask.parts)
+    elif mask is not None:
+        parts.append(Pairs(bool_pairs(mask, "mask")))
+    return parts
+
+
+# --- layouts and results ----------------------------------------------------------------------------------------------
+
+
+def _to_bhsd(x: Array, layout: Any, name: str) -> Array:
+    """`x` as a (B, H, S, D) view."""
+    known = _LAYOUTS.get(layout) if isinstance(layout, str) else None
+    if known is None:
+        raise (ValueError if isinstance(layout, str) else TypeError)(
+            f"layout is {layout!r}; it takes one of {', '.join(map(repr, _LAYOUTS))}"
+        )
+    ndim, missing, s_before_h = known
+    if x.ndim != ndim:
+        axes = ", ".join(_AXES[c] for c in layout)
+        others = [f"'{other}'" for other, (n, _, _) in _LAYOUTS.items() if n == x.ndim]
+        hint = f"; {x.ndim} axes go with layout={' or '.join(others)}" if others else ""
+        raise ValueError(f"{name} has shape {x.shape}; layout='{layout}' takes {ndim} axes ({axes}){hint}")
+    if missing:
+        x = x[(None,) * missing]
+    return x.swapaxes(1, 2) if s_before_h else x
+
+
+def bhsd_view(x: Array, layout: str) -> Array:
+    """A result or an lse in the caller's `layout` as a (B, H, S, D) or (B, H, S) view: the inverse of `in_layout`."""
+    _, missing, s_before_h = _LAYOUTS[layout]
+    if missing:
+        x = x[(None,) * missing]
+    return x.swapaxes(1, 2) if s_before_h else x
+
+
+def in_layout(x: Array, layout: str) -> Array:
+    """A (B, H, S) or (B, H, S, D) array as a view in the caller's `layout`."""
+    _, missing, s_before_h = _LAYOUTS[layout]
+    if s_before_h:
+        x = x.swapaxes(1, 2)
+    return x[(0,) * missing] if missing else x
+
+
+def output_shape(problem: Problem) -> tuple[int, ...]:
+    """The shape of the result in the caller's layout."""
+    return (*lse_shape(problem), problem.v.shape[3])
+
+
+def lse_shape(problem: Problem) -> tuple[int, ...]:
+    """The shape of lse in the caller's layout: the result's without its last axis."""
+    batch, heads, length = problem.q.shape[:3]
+    _, missing, s_before_h = _LAYOUTS[problem.layout]
+    return ((batch, length, heads) if s_before_h else (batch, heads, length))[missing:]
+
+
+def check_out(problem: Problem, out: Any) -> Array:
+    """`out` as a (B, Hq, Sq, Dv) view to write to.
+
+    Raises
+    ------
+    TypeError
+        If it is no NumPy array of q's dtype.
+    ValueError
+        If it has another shape, is read-only, has two elements in the same place, or shares memory with an input.
+    """
+    view = plain(out, "out")
+    wanted = output_shape(problem)
+    if view.dtype != problem.dtype:
+        raise TypeError(f"out has dtype {view.dtype}; it takes q's, {problem.dtype}")
+    if view.shape != wanted:
+        raise ValueError(f"out has shape {view.shape}; it takes {wanted}, the result's in layout='{problem.layout}'")
+    if not view.flags.writeable:
+        raise ValueError("out is read-only; it takes an array that can be written to")
+    if view.size and _overlaps_itself(view):
+        raise ValueError(
+            f"out has strides {view.strides} for shape {view.shape}, so two of its elements share memory "
+            "(it is broadcast or a sliding view); it takes an array with a place for every element"
+        )
+    for name, array in _inputs(problem):
+        if np.may_share_memory(view, array) and _share(view, array):
+            raise ValueError(
+                f"out shares memory with {name}, which is read while out is written; it takes memory of its own"
+            )
+    return _to_bhsd(view, problem.layout, "out")
+
+
+def _inputs(problem: Problem) -> list[tuple[str, Array]]:
+    """Every array that a kernel reads, with its argument's name."""
+    named = [("q", problem.q), ("k", problem.k), ("v", problem.v)]
+    named += [("mask", m) for m in problem.masks]
+    named += [("aux of mask_mod", a) for _, arrays in problem.mask_mods for a in arrays]
+    named += [("aux", a) for a in problem.aux]
+    named += [
+        (n, a)
+        for n, a in (("bias", problem.bias), ("alibi_slopes", problem.slopes), ("sinks", problem.sinks))
+        if a is not None
+    ]
+    return named
+
+
+def _share(a: Array, b: Array) -> bool:
+    """Whether one byte belongs to both. Exact, as bounds say too much (two interleaved columns): a Diophantine
+    equation."""
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_WORK)  # type: ignore[arg-type]  # any int, says its documentation
+    except np.exceptions.TooHardError:
+        return True  # strides that nobody has; a refusal is the answer that cannot be wrong
+
+
+def _overlaps_itself(x: Array) -> bool:
+    """Whether two elements of `x` share a byte."""
+    reach = x.itemsize
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(x.strides, x.shape, strict=True) if size > 1
+    ):
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False  # each axis steps past everything below it
+    axis = int(np.argmax(x.shape))
+    if x.shape[axis] == 1:
+        return False
+    # Two halves that don't overlap, and one within itself; the other is the same picture elsewhere.
+    x = x.swapaxes(0, axis)
+    half = (x.shape[0] + 1) // 2
+    return _share(x[:half], x[half:]) or _overlaps_itself(x[:half])
+
+
+# --- the checks of single arguments -----------------------------------------------------------------------------------
+
+
+def _dtypes_differ(q: Array, k: Array, v: Array) -> TypeError:
+    accumulation(k.dtype, "k")
+    accumulation(v.dtype, "v")
+    name = "k" if k.dtype != q.dtype else "v"
+    return TypeError(
+        f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; "
+        f"they take one: convert, for example {name}.astype(q.dtype) or q.astype({name}.dtype)"
+    )
+
+
+def _sizes_differ(q: Array, k: Array, v: Array, layout: str) -> ValueError:
+    """Which of the sizes of q, k and v is wrong. The arrays are (B, H, S, D) views; shapes are told in the caller's
+    layout."""
+    batch, q_heads, _, qk_dim = q.shape
+    kv_heads = k.shape[1]
+    shapes = [in_layout(x, layout).shape for x in (q, k, v)]
+    told = f"q has shape {shapes[0]}, k {shapes[1]} and v {shapes[2]} in layout='{layout}'"
+    if not batch == k.shape[0] == v.shape[0]:
+        return ValueError(
+            f"{told}: they take one batch size; repeat the smaller with np.broadcast_to, which copies nothing"
+        )
+    if kv_heads != v.shape[1]:
+        return ValueError(f"{told}: k has {kv_heads} heads and v {v.shape[1]}; they take the same number")
+    if not q_heads or not kv_heads:
+        return ValueError(f"{told}: they take at least one head")
+    if q_heads % kv_heads:
+        other = {"bhsd": "bshd", "bshd": "bhsd", "hsd": "shd", "shd": "hsd"}[layout]
+        swapped = q.shape[2] % k.shape[2] == 0 if k.shape[2] else False
+        hint = f"; if the axes come in another order pass layout='{other}'" if swapped else ""
+        return ValueError(f"{told}: q has {q_heads} heads and k {kv_heads}; q takes a multiple of k's{hint}")
+    if k.shape[2] != v.shape[2]:
+        return ValueError(f"{told}: k has {k.shape[2]} keys and v {v.shape[2]}; they take the same number")
+    if qk_dim != k.shape[3]:
+        return ValueError(
+            f"{told}: q has head size {qk_dim} and k {k.shape[3]}; they take the same Dk (only v's may differ)"
+        )
+    return ValueError(f"{told}: the head size of q and k, Dk, is 0; it takes at least 1")
+
+
+def _finite(x: Any, name: str, acc: type, takes: str) -> float:
+    number = real(x, name, takes)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}; it takes {takes}")
+    if acc is np.float32 and abs(number) > 3.4028234e38:
+        raise ValueError(
+            f"{name} is {number}, which is infinite in float32, in which these dtypes are computed; it takes {takes}"
+        )
+    return number
+
+
+def _in_acc(x: Any, name: str, acc: type) -> Array:
+    """A small float array in the accumulation type, C-contiguous."""
+    array = plain(x, name)
+    accumulation(array.dtype, name)
+    return np.ascontiguousarray(array, dtype=acc)
+
+
+def _slopes(x: Any, shape: Shape, acc: type) -> Array:
+    slopes = _in_acc(x, "alibi_slopes", acc)
+    if slopes.shape == (shape.q_heads,):
+        return slopes[None, :]
+    if slopes.shape == (shape.batch, shape.q_heads):
+        return slopes
+    raise ValueError(
+        f"alibi_slopes has shape {slopes.shape}; "
+        f"it takes (Hq,) = ({shape.q_heads},) or (B, Hq) = ({shape.batch}, {shape.q_heads})"
+    )
+
+
+def _bias(x: Any) -> Array:
+    bias = plain(x, "bias")
+    if bias.dtype.kind == "b":
+        raise TypeError("bias has dtype bool; it takes numbers to add to the scores, and a bool array goes to mask=")
+    accumulation(bias.dtype, "bias")
+    return bias
+
+
+def _check_score_mod(score_mod: Any, aux: Any) -> tuple[Array, ...]:
+    if isinstance(score_mod, Mask):
+        raise TypeError("score_mod is a Mask; a Mask goes to mask=")
+    arrays = aux_arrays(aux, "aux")
+    check_function(score_mod.fn if isinstance(score_mod, ScoreMod) else score_mod, "score_mod", 5, len(arrays))
+    return arrays
+
+
+def _unused_aux(aux: Any) -> tuple[Array, ...]:
+    arrays = aux_arrays(aux, "aux")
+    if arrays:
+        raise ValueError("aux is given, but score_mod is not; the arrays of a mask_mod go to mask_mod(fn, aux=...)")
+    return arrays
+
+
+def _dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
+    takes = "a float in [0, 1)"
+    p = real(dropout_p, "dropout_p", takes)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {p}; it takes {takes}")
+    seed_takes = "an int in [0, 2**64)"
+    if seed is None:
+        if p > 0.0:
+            raise ValueError(
+                f"seed is None, but dropout_p is {p}; dropout takes {seed_takes}, the same seed giving the same mask"
+            )
+        return p, 0
+    number = integer(seed, "seed", seed_takes)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seed is {number}; it takes {seed_takes}")
+    return p, number

@@ -1,0 +1,111 @@
+"""User functions in the score: what is accepted as score_mod and mask_mod, and how a function is recognised.
+
+A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *aux) -> bool: plain Python functions, or @njit ones,
+of scalars. This file needs no Numba; cpu/modifiers.py compiles them, reference.py calls them.
+"""
+import inspect
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
+
+
+@dataclass(frozen=True)
+class ScoreMod:
+    """A score modifier with, if the user has one, its hand-written gradient."""
+    fn: Callable[..., Any]
+    grad: Callable[..., Any] | None = None
+
+
+def score_mod(fn: Callable[..., Any], grad: Callable[..., Any] | None = None) -> ScoreMod:
+    """A score modifier for `attention(score_mod=...)`, optionally with its gradient.
+
+    fn(score, b, h, i, j, *aux) returns the modified score; grad, with the same arguments, returns d/dscore, or a tuple that begins with it
+    followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the bare function does the same.
+
+    >>> import numba_attn as na
+    >>> capped = na.score_mod(lambda score, b, h, i, j: 30 * math.tanh(score / 30))
+    """
+    check_function(fn, "score_mod", 5, None)
+    if grad is not None:
+        check_function(grad, "grad", 5, None)
+    return ScoreMod(fn, grad)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition holds, else `no`: a branch-free choice for score_mod functions.
+
+    In a compiled score_mod all three are scalars; called from Python it is numpy.where, or a plain choice for Python scalars.
+    """
+    if isinstance(condition, np.ndarray) or isinstance(yes, np.ndarray) or isinstance(no, np.ndarray):
+        return np.where(condition, yes, no)
+    return yes if condition else no
+
+
+def plain_function(fn: Any) -> Any:
+    """The Python function behind fn: itself, the one of a ScoreMod, or the one that an @njit dispatcher wraps."""
+    fn = fn.fn if isinstance(fn, ScoreMod) else fn
+    return getattr(fn, "py_func", fn)
+
+
+def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> None:
+    """Raise TypeError, naming the way out, unless fn is a function of n_leading scalars (and n_aux arrays) that can be compiled.
+
+    n_aux None leaves the number of arrays open.
+    """
+    fn = plain_function(fn)
+    if not isinstance(fn, types.FunctionType):
+        raise TypeError(f"{name}: got {type(fn).__name__}; accepted is a plain Python function or an @njit one "
+                        f"(wrap a callable object, a partial or a builtin in a def or lambda)")
+    for kind, what, value in _captured(fn):
+        if isinstance(value, np.ndarray):
+            raise TypeError(f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has now, and later "
+                            f"changes would silently have no effect. Pass it through aux=({what},) and take it as a parameter behind the indices")
+    leading = ("score, b, h, i, j" if n_leading == 5 else "b, h, i, j")
+    try:
+        inspect.signature(fn).bind(*range(n_leading + (n_aux or 0)))
+    except TypeError as error:
+        if n_aux is None and "missing" in str(error):
+            return
+        given = f" and the {n_aux} arrays of aux" if n_aux else ""
+        raise TypeError(f"{name}: the function must take ({leading}){given}: {error}") from None
+
+
+def _captured(fn: types.FunctionType) -> list[tuple[str, str, Any]]:
+    """What a function reads from outside its arguments: (kind, name, value)."""
+    found = []
+    for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
+        try:
+            found.append(("closure", what, cell.cell_contents))
+        except ValueError:      # not assigned yet
+            continue
+    code = [fn.__code__]
+    while code:
+        one = code.pop()
+        found += [("globals", n, fn.__globals__[n]) for n in one.co_names if n in fn.__globals__]
+        code += [c for c in one.co_consts if isinstance(c, types.CodeType)]
+    found += [("defaults", what, value) for what, value in zip(fn.__code__.co_varnames[::-1], (fn.__defaults__ or ())[::-1])]
+    return found
+
+
+def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
+    """A hashable key that two functions share iff they compile to the same code: code, defaults and captured scalars, functions alike.
+
+    So a lambda made anew in a loop compiles once, and one that captures another number compiles again.
+    """
+    fn = plain_function(fn)
+    parts: list[Any] = [fn.__code__]
+    for kind, what, value in _captured(fn):
+        if isinstance(value, _SCALARS):
+            value = (type(value), repr(value) if isinstance(value, (float, np.floating)) and math.isnan(value) else value)
+        elif isinstance(plain_function(value), types.FunctionType) and value is not fn and plain_function(value) is not fn:
+            value = identity(value) if plain_function(value).__module__ != "math" else value
+        else:
+            value = id(value)
+        parts.append((kind, what, value))
+    return tuple(parts)

@@ -1,0 +1,132 @@
+"""The three commands: what they print, and that a bad argument ends with a sentence and exit status 2."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numba_attn
+from numba_attn import bench, cli, demo
+from numba_attn.terminal import Progress, bytes_text, seconds_text, table
+
+TINY = ["--heads", "2", "--kv-heads", "1", "--q-len", "33", "--dim", "16", "--rounds", "1", "--seconds", "0.01"]
+
+
+def test_info_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("numba_attn", "python", "numpy", "numba", "llvmlite", "isa", "threads", "AMX", "CUDA", "environment"):
+        assert any(line.startswith(name) for line in printed.splitlines()), f"{name} is missing in\n{printed}"
+
+
+def test_module_is_the_script() -> None:
+    home = str(Path(numba_attn.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "numba_attn", "--help"],
+        env={**os.environ, "PYTHONPATH": home},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage: numba-attn")
+
+
+def test_digits_are_recognised() -> None:
+    digits = demo.classify_digits()
+    assert digits.out.shape == (450, 10) and digits.out.dtype == np.float32
+    assert digits.accuracy > 0.96
+    assert digits.error < 1e-5
+    np.testing.assert_allclose(digits.weights.sum(), 1, rtol=1e-4)
+    np.testing.assert_allclose(digits.out.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_bundled_digits_are_the_original_size() -> None:
+    data = Path(demo.__file__).parent / "data"
+    with gzip.open(data / "digits.csv.gz", "rt") as lines:
+        assert sum(1 for _ in lines) == 1797
+    assert "CC BY 4.0" in (data / "LICENSE-digits.txt").read_text(encoding="utf-8")
+
+
+def test_demo_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    has_matplotlib = bool(importlib.util.find_spec("matplotlib"))
+    picture = tmp_path / "digits.png"
+    assert cli.main(["demo", "--quick", *(["--plot", str(picture)] if has_matplotlib else [])]) == 0
+    printed = capsys.readouterr().out
+    for text in ("accuracy 96", "query, a 3", "2,048", "dense NumPy", "max error"):
+        assert text in printed, printed
+    if has_matplotlib:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_times_a_shape_beside_numpy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *TINY, "--libraries", "numba_attn,numpy", "--causal"]) == 0
+    printed = capsys.readouterr().out
+    assert "times as fast as the fastest peer" in printed, printed
+    assert cli.main(["bench", *TINY, "--libraries", "numba_attn,numpy", "--window", "5", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer["seconds"]) == {"numba_attn", "numpy"} and not answer["missing"]
+    assert max(answer["error"].values()) < 1e-5
+
+
+def test_bench_peak_is_a_fraction(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *TINY, "--peak", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert 0 < answer["fraction"] < 1.1 and answer["peak"] > 1e9
+
+
+@pytest.mark.parametrize(
+    ("case", "pairs"),
+    [
+        (bench.Case(1, 1, 3, 5, 1), 15),
+        (bench.Case(1, 1, 3, 5, 1, causal=True), 3 + 4 + 5),
+        (bench.Case(1, 1, 5, 3, 1, causal=True), 0 + 0 + 1 + 2 + 3),
+        (bench.Case(1, 1, 4, 4, 1, window=2), 1 + 2 + 2 + 2),
+    ],
+)
+def test_only_visible_pairs_count_as_flops(case: bench.Case, pairs: int) -> None:
+    assert case.flops() == 4 * pairs
+    if case.causal or case.window:
+        assert case.visible().sum() == pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["dance"], "dance"),
+        (["bench", "--q-len", "0"], "--q-len: takes a whole number of at least 1, not '0'"),
+        (["bench", "--dim", "x"], "--dim: takes a whole number of at least 1, not 'x'"),
+        (["bench", "--heads", "3", "--kv-heads", "2"], "--kv-heads must divide --heads"),
+        (["bench", "--dtype", "int8"], "--dtype: invalid choice"),
+        (["bench", "--seconds", "nan"], "--seconds: takes a number of seconds"),
+        (["bench", "--threads", "100000"], "--threads takes at most"),
+        (["bench", "--libraries", "numpy,abacus"], "'abacus' is not among those found here"),
+        (["demo", "--plot", "picture.txt"], "--plot takes a file that ends in .png"),
+        (["demo", "--plot", "no/such/folder/x.png"], "--plot cannot write into the folder"),
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_terminal_text() -> None:
+    assert [seconds_text(s) for s in (1.234e-5, 4.56e-3, 0.0999, 7.891, 123.4)] == [
+        "12.3 us", "4.56 ms", "99.9 ms", "7.89 s", "123 s",
+    ]  # fmt: skip
+    assert [bytes_text(b) for b in (1.5e6, 8.6e9)] == ["1.50 MB", "8.60 GB"]
+    assert table(["", "x"], [["a", "1"], ["bb", "22"]]).splitlines() == ["     x", "--  --", "a    1", "bb  22"]
+
+
+def test_progress_is_silent_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1) as progress:
+        progress.step("one")
+    assert capsys.readouterr() == ("", "")
