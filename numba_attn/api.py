@@ -87,13 +87,15 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = Non
     """
     key = launch = None
     if (mask is None and bias is None and score_mod is None and out is None and alibi_slopes is None and sinks is None and seed is None
-            and aux == () and dropout_p == 0.0 and type(q) is type(k) is type(v) is np.ndarray):
-        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout, causal is True, return_lse is True,
-               None if scale is softcap is window is align is None and (causal is True or causal is False) and return_lse in (True, False)
-               and backend == "auto" else repr((causal, scale, softcap, window, align, return_lse, backend)))
+            and type(aux) is tuple and not aux and type(dropout_p) is float and dropout_p == 0.0 and type(q) is type(k) is type(v) is np.ndarray):
+        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout)
+        if causal is True or causal is False:
+            key += (causal, return_lse is True)
+        if not (scale is softcap is window is align is None and backend == "auto" and (return_lse is True or return_lse is False)):
+            key = _exact(key, (causal, scale, softcap, window, align, return_lse, backend))
         try:
-            launch = _PLAIN.get(key)
-        except TypeError:           # something unhashable: plan says what is wrong with it
+            launch = _PLAIN.get(key) if key is not None else None
+        except TypeError:           # an unhashable layout: plan says what is wrong with it
             key = None
     if launch is not None:
         bhsd = layout == "bhsd"
@@ -129,6 +131,20 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = Non
             _PLAIN[key] = launch
         _run(launch, problem.q, problem.k, problem.v, view, lse_view)
     return (result, lse) if return_lse else result
+
+
+def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is no plain number."""
+    for x in settings:
+        if type(x) is tuple:
+            key = _exact((*key, len(x)), x) or ()
+            if not key:
+                return None
+        elif x is None or type(x) in (bool, int, float, str):
+            key = (*key, type(x), x)
+        else:
+            return None
+    return key
 
 
 # The kernels are imported with the first call, not with the package: checking arguments and the reference need no Numba.

@@ -138,14 +138,11 @@ def attention(
 
 
 def _float64(x: Any) -> Any:
-    """A float array in float64. The rest goes through as it is, to be refused by the checks."""
-    if (
-        isinstance(x, np.ndarray)
-        and (x.dtype.char in "fe" or x.dtype.name == "bfloat16")
-        and not isinstance(x, np.ma.MaskedArray)
-    ):
-        return np.asarray(x).astype(np.float64)
-    return x
+    """An array of one of the other float dtypes in float64. The rest goes through as it is, to be refused by the
+    checks."""
+    if type(x) not in (np.ndarray, np.memmap) or not x.dtype.isnative:
+        return x
+    return x.astype(np.float64) if x.dtype.char in "fe" or x.dtype.name == "bfloat16" else x
 
 
 def _scores(problem: Problem, q: Array, k: Array) -> Array:

@@ -7,6 +7,7 @@ measured against.
 """
 
 import math
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ DEFAULTS: dict[str, Any] = dict(
     causal=False, window=None, align=None, mask=None, bias=None, scale=None, softcap=None, alibi_slopes=None,
     sinks=None, score_mod=None, aux=(), dropout_p=0.0, seed=None, layout="bhsd",
 )  # fmt: skip
+
+
+# What `math` means in a user's function here: NumPy's functions keep the precision of their argument, math's are double.
+NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=np.power, **{
+    name: getattr(np, name) for name in ("exp", "log", "log1p", "tanh", "sin", "cos", "sqrt")
+})  # fmt: skip
 
 
 def resolve(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> plan.Problem:
@@ -42,6 +49,7 @@ def everywhere(fn: Any, *arrays: np.ndarray, aux: tuple[np.ndarray, ...], dtype:
     """A user's scalar function at every pair; the score is a scalar of `dtype`, and so is its arithmetic."""
     fn = getattr(fn, "fn", fn)
     fn = getattr(fn, "py_func", fn)
+    fn = FunctionType(fn.__code__, fn.__globals__ | {"math": NUMPY_MATH}, fn.__name__, fn.__defaults__, fn.__closure__)
     shape = np.broadcast_shapes(*(x.shape for x in arrays))
     out = np.empty(shape, dtype)
     columns = [np.broadcast_to(x, shape).ravel() for x in arrays]

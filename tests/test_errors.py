@@ -4,6 +4,8 @@ A message names the argument, says what was given and what is accepted, and wher
 probably meant. A row of the table is (what is wrong, arguments that replace the good ones, exception, pattern).
 """
 
+# ruff: noqa: E501  # a row of a table is one line
+
 import re
 
 import numpy as np
@@ -69,6 +71,10 @@ def fake_torch(device):
 def closes_over_an_array():
     table = np.zeros(3)
     return lambda s, b, h, i, j: s + table[j]
+
+
+def holds_an_array_by_default(b, h, i, j, f=np.ones(2)):  # noqa: B008  # what the test is about
+    return f[i]
 
 
 causal, window, prefix, lengths = masks.causal, masks.window, masks.prefix, masks.lengths
@@ -254,6 +260,7 @@ TABLE = [
     ("score_mod builtin", {"score_mod": max}, TypeError, r"score_mod.*function"),
     ("aux alone", {"aux": (ones(2),)}, ValueError, r"^aux is given, but score_mod is not.*mask_mod"),
     ("aux array", {"score_mod": lambda s, b, h, i, j, t: s, "aux": ones(2)}, TypeError, r"^aux is a ndarray.*tuple of arrays.*\(aux,\)"),
+    ("aux array alone", {"aux": ones(2)}, TypeError, r"^aux is a ndarray.*tuple of arrays"),
     ("aux none", {"aux": None}, TypeError, r"^aux is a NoneType.*tuple of arrays"),
     ("aux number", {"score_mod": lambda s, b, h, i, j, t: s, "aux": (3.0,)}, TypeError, r"^aux\[0\] is a float; .*NumPy array"),
     ("aux list", {"score_mod": lambda s, b, h, i, j, t: s, "aux": ([1.0],)}, TypeError, r"^aux\[0\] is a list"),
@@ -323,7 +330,7 @@ CONSTRUCTORS = [
     ("mask_mod no function", lambda: masks.mask_mod(3), TypeError, r"^fn of mask_mod is 3.*fn\(b, h, i, j, \*aux\)"),
     ("mask_mod Mask", lambda: masks.mask_mod(causal()), TypeError, r"^fn of mask_mod is Mask"),
     ("mask_mod arguments", lambda: masks.mask_mod(lambda i, j: True), TypeError, r"mask_mod.*b, h, i, j"),
-    ("mask_mod over an array", lambda: masks.mask_mod(lambda b, h, i, j, f=np.ones(2): f[i]), TypeError, r"mask_mod.*'f'.*aux"),
+    ("mask_mod over an array", lambda: masks.mask_mod(holds_an_array_by_default), TypeError, r"mask_mod.*'f'.*aux"),
     ("mask_mod aux", lambda: masks.mask_mod(lambda b, h, i, j, t: True, aux=ones(2)), TypeError, r"^aux of mask_mod is a ndarray"),
     ("mask_mod aux item", lambda: masks.mask_mod(lambda b, h, i, j, t: True, aux=([1],)), TypeError, r"^aux of mask_mod\[0\] is a list"),
     ("and with a number", lambda: causal() & 1, TypeError, r"unsupported operand"),
@@ -417,7 +424,7 @@ def test_internal_overlap_is_exact():
     [
         {"scale": 0}, {"scale": -2}, {"scale": np.float16(0.5)}, {"scale": np.array(0.5)}, {"softcap": 30},
         {"window": [None, None]}, {"window": (None, None), "align": "top_left"}, {"window": (np.int8(3), None), "align": 0},
-        {"window": (2**80, 0), "align": -7}, {"causal": True, "align": np.array([3, -3], np.uint8)}, {"causal": np.True_, "align": np.int16(2)},
+        {"window": (2**80, 0), "align": -7}, {"causal": True, "align": np.array([3, 2], np.uint8)}, {"causal": np.True_, "align": np.int16(2)},
         {"dropout_p": 0, "seed": 3}, {"dropout_p": 0.0, "seed": 2**64 - 1}, {"dropout_p": np.float32(0.5), "seed": np.uint64(2**64 - 1)},
         {"aux": []}, {"sinks": np.ones(4)}, {"alibi_slopes": np.ones((2, 4), np.float16), "align": "bottom_right"},
         {"bias": np.array(0.0)}, {"bias": np.zeros((2, 1, 5, 1), np.float16)}, {"mask": np.array(True)}, {"mask": masks.Mask()},
@@ -450,3 +457,20 @@ def test_nothing_is_copied(layout):
     assert view.shape == (1, 1, 5, 3)
     assert np.shares_memory(view, out)
     assert plan.in_layout(view, layout).shape == x.shape
+
+
+@pytest.mark.skipif(not hasattr(numba_attn, "attention"), reason="needs attention itself")
+def test_settings_that_print_alike_are_told_apart():
+    """NumPy prints 8 digits, and the ends of a long array: what is remembered between calls must not go by that."""
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((1200, 1, 4, 8)), rng.standard_normal((1200, 1, 9, 8))
+    early, late = np.zeros(1200, int), np.zeros(1200, int)
+    late[600] = 5
+    for options in (
+        {"causal": True, "align": early},
+        {"causal": True, "align": late},
+        {"scale": np.array(0.123456789)},
+        {"scale": np.array(0.12345678)},
+    ):
+        got, want = numba_attn.attention(q, k, k, **options), reference.attention(q, k, k, **options)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)

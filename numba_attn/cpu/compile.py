@@ -7,6 +7,7 @@ SIMD row is part of the file name. With no writable folder, kernels are compiled
 The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py fails when they change.
 """
 import contextlib
+import gc
 import hashlib
 import os
 import sys
@@ -147,12 +148,16 @@ def _inner_libraries(kernel: str):
         if codegen._engine.get_global_value_address(name):      # 0: the function is in no engine, and nothing of ours reads its environment
             type(codegen).set_env(codegen, name, env)
 
+    collecting = gc.isenabled()
+    gc.disable()                                        # nothing to collect in a compilation, and looking takes a tenth of it
     with global_compiler_lock:
         codegen._library_class, codegen.set_env = library_class, set_env
         try:
             yield
         finally:
             del codegen._library_class, codegen.set_env
+            if collecting:
+                gc.enable()
 
 
 # ---------------------------------------------------------------- entry kernels

@@ -59,13 +59,37 @@ CALL = np.dtype(
     + _fields("", "bias bias_storage") + _fields("bias_", "b h i j")
     + _fields("", "masks n_masks segments n_segments mask_mods n_mask_mods score_mod score_aux slopes slopes_b sinks use_softcap")
     + _fields("", "drop drop_below seed")
+    + _fields("at_", "s q o state sums infos table bounds visible seen bias rows k v") + _fields("", "scratch")
     + [(n, np.float64) for n in ("q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")])
 
 SEQUENCE = 7                # columns of the sequence table: batch, q_start, q_len, k_start, k_len, offset, prefix
 
 
 def tile_rows(elem: str) -> int:
+    """Queries of a full tile."""
     return ROW.nr * ROW.lanes(elem)
+
+
+TILE_INFO = 8               # counts in a tile's table, before row index, head, first and end key of each query
+
+
+def scratch_layout(elem: str, tiles: int, qk_dim: int, v_dim: int, block: int, long: bool, bias: bool, copy: bool) -> dict[str, int]:
+    """Byte offset of each buffer in a thread's scratch memory, and its size as "scratch".
+
+    Each starts on a 64-byte boundary: the largest single gain in speed (the QK loop reaches 92 % of peak with it, 80 without).
+    """
+    w, size = tile_rows(elem), 4 if elem == "f32" else 8
+    sizes = {
+        "s": block * w * size, "q": tiles * qk_dim * w * size, "o": tiles * v_dim * w * size, "state": (4 + 2 * tiles) * w * size,
+        "sums": tiles * (v_dim + 4) * w * size * long, "infos": tiles * (TILE_INFO + 4 * w) * 8, "table": 2 * w * 8, "bounds": 2 * w * 4,
+        "visible": block * w, "seen": block * w, "bias": block * w * size * bias, "rows": max(qk_dim, v_dim, block) * w * size,
+        "k": block * qk_dim * size * copy, "v": block * v_dim * size * copy,
+    }
+    layout, at = {}, 0
+    for name, n in sizes.items():
+        layout["at_" + name] = at
+        at += n + 63 & ~63
+    return layout | {"scratch": at}
 
 
 @intrinsic
@@ -106,112 +130,125 @@ def build(elem: str):
     shared = online.build(jit, exp2, select, equal_minus_inf, zeros_like)
     finite_or_zero, rescale = shared.finite_or_zero, shared.rescale
 
-    # ------------------------------------------------------------ products, for 1, 2, .. NR vectors of queries
+    # ------------------------------------------------------------ products
 
-    def products(nr):
+    def tile_products(mr, nr):
+        """The inner loops for a register tile of mr rows by nr vectors of queries."""
         w = nr * L
 
         @jit
         def score_rows(k, ldk, q, s, n):
-            """Rows of S' for MR keys: s[i, :] = sum_c k[i, c] q[c, :]."""
-            acc_ = zeros(k, L, MR, nr)
+            """s[i, :] = sum_c k[i, c] q[c, :] for mr keys i."""
+            t = zeros(k, L, mr, nr)
             for c in range(0, n - 3, 4):
                 a, b = k + c, q + c * w
-                acc_ = outer(acc_, a, ldk, b)
-                acc_ = outer(acc_, a + 1, ldk, b + w)
-                acc_ = outer(acc_, a + 2, ldk, b + 2 * w)
-                acc_ = outer(acc_, a + 3, ldk, b + 3 * w)
+                t = outer(t, a, ldk, b)
+                t = outer(t, a + 1, ldk, b + w)
+                t = outer(t, a + 2, ldk, b + 2 * w)
+                t = outer(t, a + 3, ldk, b + 3 * w)
             for c in range(n & ~3, n):
-                acc_ = outer(acc_, k + c, ldk, q + c * w)
-            store_tile(acc_, s, w)
-
-        @jit
-        def score_row(k, q, s, n):
-            acc_ = zeros(k, L, 1, nr)
-            for c in range(n):
-                acc_ = outer(acc_, k + c, 0, q + c * w)
-            store_tile(acc_, s, w)
-
-        @jit
-        def scores(k, ldk, q, s, first, last, n):
-            """S'[first:last]; first is a multiple of MR; the last tile reaches back over rows that are done."""
-            if last >= MR:
-                for j in range(first, last, MR):
-                    at = min(j, last - MR)
-                    score_rows(k + at * ldk, ldk, q, s + at * w, n)
-            else:
-                for j in range(first, last):
-                    score_row(k + j * ldk, q, s + j * w, n)
+                t = outer(t, k + c, ldk, q + c * w)
+            store_tile(t, s, w)
 
         @jit
         def value_rows(v, ldv, p, o, alpha, n, skip):
-            """MR dimensions of O': o[i, :] = o[i, :] alpha + sum_j v[j, i] p[j, :]."""
-            acc_ = zeros(v, L, MR, nr)
+            """o[i, :] = o[i, :] alpha + sum_j v[j, i] p[j, :] for mr dimensions i."""
+            t = zeros(v, L, mr, nr)
             for j in range(0, n - 3, 4):
                 a, b = v + j * ldv, p + j * w
-                acc_ = outer(acc_, a, 1, b)
-                acc_ = outer(acc_, a + ldv, 1, b + w)
-                acc_ = outer(acc_, a + 2 * ldv, 1, b + 2 * w)
-                acc_ = outer(acc_, a + 3 * ldv, 1, b + 3 * w)
+                t = outer(t, a, 1, b)
+                t = outer(t, a + ldv, 1, b + w)
+                t = outer(t, a + 2 * ldv, 1, b + 2 * w)
+                t = outer(t, a + 3 * ldv, 1, b + 3 * w)
             for j in range(n & ~3, n):
-                acc_ = outer(acc_, v + j * ldv, 1, p + j * w)
-            fold_tile(acc_, o, w, alpha, skip)
+                t = outer(t, v + j * ldv, 1, p + j * w)
+            fold_tile(t, o, w, alpha, skip)
 
         @jit
-        def value_rows_visible(v, ldv, p, visible, o, alpha, n, skip):
-            acc_ = zeros(v, L, MR, nr)
+        def visible_value_rows(v, ldv, p, visible, o, alpha, n, skip):
+            t = zeros(v, L, mr, nr)
             for j in range(n):
-                acc_ = outer_visible(acc_, v + j * ldv, 1, p + j * w, visible + j * w)
-            fold_tile(acc_, o, w, alpha, skip)
+                t = outer_visible(t, v + j * ldv, 1, p + j * w, visible + j * w)
+            fold_tile(t, o, w, alpha, skip)
 
-        @jit
-        def value_row(v, ldv, p, visible, o, alpha, n):
-            acc_ = zeros(v, L, 1, nr)
+        return score_rows, value_rows, visible_value_rows
+
+    # By width: a tile is 1 to 3 vectors of queries wide. (Rows of the SIMD table with another NR would need more cases here.)
+    (score_1, value_1, visible_1), (score_2, value_2, visible_2), (score_3, value_3, visible_3) = (tile_products(MR, nr) for nr in (1, 2, 3))
+
+    @jit
+    def score_rows(k, ldk, q, s, w, n):
+        if w == 3 * L:
+            score_3(k, ldk, q, s, n)
+        elif w == 2 * L:
+            score_2(k, ldk, q, s, n)
+        else:
+            score_1(k, ldk, q, s, n)
+
+    @jit
+    def value_rows(v, ldv, p, o, w, alpha, n, skip):
+        if w == 3 * L:
+            value_3(v, ldv, p, o, alpha, n, skip)
+        elif w == 2 * L:
+            value_2(v, ldv, p, o, alpha, n, skip)
+        else:
+            value_1(v, ldv, p, o, alpha, n, skip)
+
+    @jit
+    def visible_value_rows(v, ldv, p, visible, o, w, alpha, n, skip):
+        if w == 3 * L:
+            visible_3(v, ldv, p, visible, o, alpha, n, skip)
+        elif w == 2 * L:
+            visible_2(v, ldv, p, visible, o, alpha, n, skip)
+        else:
+            visible_1(v, ldv, p, visible, o, alpha, n, skip)
+
+    @jit
+    def score_row(k, q, s, w, n):
+        """One key alone: blocks of under MR keys."""
+        for r in range(0, w, L):
+            t = zeros(k, L, 1, 1)
+            for c in range(n):
+                t = outer(t, k + c, 0, q + (c * w + r))
+            store_tile(t, s + r, w)
+
+    @jit
+    def visible_value_row(v, ldv, p, visible, o, w, alpha, n):
+        """One dimension alone: head sizes under MR."""
+        for r in range(0, w, L):
+            t = zeros(v, L, 1, 1)
             for j in range(n):
-                acc_ = outer_visible(acc_, v + j * ldv, 1, p + j * w, visible + j * w)
-            fold_tile(acc_, o, w, alpha, 0)
-
-        @jit
-        def values(v, ldv, p, visible, partial, o, alpha, first, last, n):
-            """O' over keys first:last and n dimensions; visible is read only where partial, or in head sizes under MR."""
-            v, p, visible, keys = v + first * ldv, p + first * w, visible + first * w, last - first
-            if n < MR:
-                if not partial:
-                    for x in range(keys * w):
-                        visible[x] = 255
-                for d in range(n):
-                    value_row(v + d, ldv, p, visible, o + d * w, alpha, keys)
-                return
-            for d in range(0, n, MR):
-                at = min(d, n - MR)
-                if partial:
-                    value_rows_visible(v + at, ldv, p, visible, o + at * w, alpha, keys, d - at)
-                else:
-                    value_rows(v + at, ldv, p, o + at * w, alpha, keys, d - at)
-
-        return scores, values
-
-    scores_1, values_1 = products(1)
-    scores_2, values_2 = products(2)
-    scores_3, values_3 = products(3)
+                t = outer_visible(t, v + j * ldv, 0, p + (j * w + r), visible + (j * w + r))
+            fold_tile(t, o + r, w, alpha + r, 0)
 
     @jit
     def scores(k, ldk, q, s, w, first, last, n):
-        if w == 3 * L:
-            scores_3(k, ldk, q, s, first, last, n)
-        elif w == 2 * L:
-            scores_2(k, ldk, q, s, first, last, n)
+        """S'[first:last] over n dimensions; first is a multiple of MR; the last tile reaches back over rows that are done."""
+        if last >= MR:
+            for j in range(first, last, MR):
+                at = min(j, last - MR)
+                score_rows(k + at * ldk, ldk, q, s + at * w, w, n)
         else:
-            scores_1(k, ldk, q, s, first, last, n)
+            for j in range(first, last):
+                score_row(k + j * ldk, q, s + j * w, w, n)
 
     @jit
     def values(v, ldv, p, visible, partial, o, alpha, w, first, last, n):
-        if w == 3 * L:
-            values_3(v, ldv, p, visible, partial, o, alpha, first, last, n)
-        elif w == 2 * L:
-            values_2(v, ldv, p, visible, partial, o, alpha, first, last, n)
-        else:
-            values_1(v, ldv, p, visible, partial, o, alpha, first, last, n)
+        """O' over keys first:last and n dimensions; visible is read only where partial, or in head sizes under MR."""
+        v, p, visible, keys = v + first * ldv, p + first * w, visible + first * w, last - first
+        if n < MR:
+            if not partial:
+                for x in range(keys * w):
+                    visible[x] = 255
+            for d in range(n):
+                visible_value_row(v + d, ldv, p, visible, o + d * w, w, alpha, keys)
+            return
+        for d in range(0, n, MR):
+            at = min(d, n - MR)
+            if partial:
+                visible_value_rows(v + at, ldv, p, visible, o + at * w, w, alpha, keys, d - at)
+            else:
+                value_rows(v + at, ldv, p, o + at * w, w, alpha, keys, d - at)
 
     # ------------------------------------------------------------ softmax
 
@@ -481,7 +518,7 @@ def build(elem: str):
     # ------------------------------------------------------------ one tile of queries
 
     # Per tile, in a table of int64: counts, then W numbers each of row index, head, first and end key.
-    COUNT, WIDTH, LOW, HIGH, INNER_LOW, INNER_HIGH, FINITE, ROWS_AT = 0, 1, 2, 3, 4, 5, 6, 8
+    COUNT, WIDTH, LOW, HIGH, INNER_LOW, INNER_HIGH, FINITE, ROWS_AT = 0, 1, 2, 3, 4, 5, 6, TILE_INFO
     HEADS_AT, LO_AT, HI_AT, INFO = ROWS_AT + W, ROWS_AT + 2 * W, ROWS_AT + 3 * W, ROWS_AT + 4 * W
 
     @jit
@@ -529,7 +566,7 @@ def build(elem: str):
         info[COUNT], info[WIDTH], info[LOW], info[HIGH], info[INNER_LOW], info[INNER_HIGH] = count, width, low, high, inner_low, inner_high
 
     @jit
-    def begin(call, b, info, table, rows_scratch, q, o, m, l, sinks_unit):
+    def begin(call, b, info, table, rows_scratch, q, o, m, l):
         w, count, n = info[WIDTH], info[COUNT], call.qk_dim
         heads = info + HEADS_AT
         row_addresses(table, call.q + b * call.q_b, call.q_h, call.q_s, heads, info + ROWS_AT, w, count)
@@ -661,44 +698,19 @@ def build(elem: str):
         b, k_start, k_len, block = sequence[0], sequence[3], sequence[4], call.block
         qk, dv = call.qk_dim, call.v_dim
         long = k_len > FLUSH
-        # scratch: everything starts on a 64-byte boundary (the largest single gain in speed)
-        p = scratch
-        s = acc_ptr(p)
-        p += block * W * ACC_BYTES
-        q_all = acc_ptr(p)
-        p += n_tiles * qk * W * ACC_BYTES
-        o_all = acc_ptr(p)
-        p += n_tiles * dv * W * ACC_BYTES
-        state = acc_ptr(p)                              # m, l of each tile, then alpha and two spare rows
-        p += (4 * n_tiles + 4) * W * ACC_BYTES
-        infos = i64_ptr(p)
-        p += (n_tiles * INFO * 8 + 63) & ~63
-        table = i64_ptr(p)
-        p += 2 * W * 8
-        bounds = i32_ptr(p)
-        p += 4 * W * 4
-        visible = u8_ptr(p)
-        p += block * W
-        seen = u8_ptr(p)
-        p += block * W
-        rows_scratch = acc_ptr(p)
-        p += W * max(max(qk, dv), block) * ACC_BYTES
-        bias = acc_ptr(p)
-        p += block * W * ACC_BYTES
-        k_copy = acc_ptr(p)
-        p += (block * qk * ACC_BYTES + 63) & ~63
-        v_copy = acc_ptr(p)
-        p += (block * dv * ACC_BYTES + 63) & ~63
-        o_sums = acc_ptr(p)
-        alpha = state + 4 * n_tiles * W
-        lanes = alpha + W
+        s, q_all, o_all = acc_ptr(scratch + call.at_s), acc_ptr(scratch + call.at_q), acc_ptr(scratch + call.at_o)
+        alpha, o_sums = acc_ptr(scratch + call.at_state), acc_ptr(scratch + call.at_sums)
+        infos, table, bounds = i64_ptr(scratch + call.at_infos), i64_ptr(scratch + call.at_table), i32_ptr(scratch + call.at_bounds)
+        visible, seen, bias = u8_ptr(scratch + call.at_visible), u8_ptr(scratch + call.at_seen), acc_ptr(scratch + call.at_bias)
+        rows_scratch, k_copy, v_copy = acc_ptr(scratch + call.at_rows), acc_ptr(scratch + call.at_k), acc_ptr(scratch + call.at_v)
+        lanes, state = alpha + W, alpha + 4 * W         # W factors, 2 W numbers of ALiBi; then m and l of each tile
 
         low, high = k_len, 0
         for t in range(n_tiles):
             info = infos + t * INFO
             locate(call, sequence, kv_head, first_tile + t, info)
             low, high = min(low, info[LOW]), max(high, info[HIGH])
-            begin(call, b, info, table, rows_scratch, q_all + t * qk * W, o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W, 1)
+            begin(call, b, info, table, rows_scratch, q_all + t * qk * W, o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W)
             if long:
                 o_sum = o_sums + t * (dv + 4) * W
                 for x in range((dv + 1) * W):
@@ -732,34 +744,27 @@ def build(elem: str):
                     if first < last:
                         last = min((last + 7) & ~7, keys)
                         attend_block(call, b, info, j0, first, last, key, k, qk, finite, v, dv, q_all + t * qk * W, o_all + t * dv * W,
-                                     state + 4 * t * W, state + (4 * t + 1) * W, s, visible, seen, bias, alpha, bounds, lanes, table,
+                                     state + 2 * t * W, state + (2 * t + 1) * W, s, visible, seen, bias, alpha, bounds, lanes, table,
                                      rows_scratch, sequence[5] - sequence[1])
             j0 += block
             if long and j0 % FLUSH == 0:
                 for t in range(n_tiles):
                     o_sum = o_sums + t * (dv + 4) * W
-                    flush(infos[t * INFO + WIDTH], dv, o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W, o_sum, o_sum + (dv + 1) * W,
+                    flush(infos[t * INFO + WIDTH], dv, o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W, o_sum, o_sum + (dv + 1) * W,
                           o_sum + dv * W)
         for t in range(n_tiles):
             info = infos + t * INFO
-            o, m, l = o_all + t * dv * W, state + 4 * t * W, state + (4 * t + 1) * W
+            o, m, l = o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W
             if long:
                 o_sum = o_sums + t * (dv + 4) * W
                 flush(info[WIDTH], dv, o, m, l, o_sum, o_sum + (dv + 1) * W, o_sum + dv * W)
                 o, l = o_sum, o_sum + dv * W
             finish(call, b, info, table, rows_scratch, o, m, l)
 
-    @jit
-    def scratch_bytes(call):
-        tiles, qk, dv, block = call.tiles, call.qk_dim, call.v_dim, call.block
-        per_tile = (qk + 2 * dv + 8) * W * ACC_BYTES + INFO * 8 + 64
-        fixed = block * W * (2 * ACC_BYTES + 2) + 4 * W * ACC_BYTES + 32 * W + W * max(max(qk, dv), block) * ACC_BYTES
-        return tiles * per_tile + fixed + block * (qk + dv) * ACC_BYTES + 256
-
     def drain(call_at):
         """Take work items off the shared counter until none is left; items are independent, so bits do not depend on who takes which."""
         call = _call_record(call_at)
-        buffer = np.empty(scratch_bytes(call), np.uint8)
+        buffer = np.empty(call.scratch + 64, np.uint8)
         scratch = (buffer.ctypes.data + 63) & ~63
         first_item = i64_ptr(call.first_item)
         counter = i64_ptr(call.counter)

@@ -11,7 +11,7 @@ from numba.core import types
 from ..online import LOG2E
 from . import threads
 from .compile import array_type, compile_cfunc, compile_entry
-from .forward import CALL, MAX_TILES, OPEN, STORAGE, build, key_block, tile_rows
+from .forward import CALL, FLUSH, MAX_TILES, OPEN, STORAGE, build, key_block, scratch_layout, tile_rows
 from .modifiers import aux_table, tile_function
 from .simd import call_address
 
@@ -111,6 +111,9 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     record["lse"] = want_lse
     record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
     record["block"], record["tiles"] = key_block(elem, qk), share
+    layout = scratch_layout(elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None, True)
+    for field_name, offset in layout.items():
+        record[field_name] = offset
     record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
     record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
     record["left"], record["right"], record["has_prefix"] = min(problem.left, OPEN), min(problem.right, OPEN), problem.has_prefix
