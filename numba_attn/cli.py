@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 
 VARIABLES = ("NUMBA", "OMP_", "KMP_", "TBB_", "MKL_NUM", "OPENBLAS_NUM", "GOMP_")  # what changes speed or threads
@@ -101,11 +102,13 @@ def info() -> dict[str, str]:
     """What `numba-attn info` prints: a name and a text a line."""
     import numba_attn.cpu
 
+    call = _try_a_call()  # first, so that the thread layer and the kernels are known
     lines = {"numba_attn": _version("numba-attn"), "python": f"{platform.python_version()} {sys.executable}"}
     lines["platform"] = platform.platform()
     for name in ("numpy", "numba", "llvmlite", "tbb", "ml_dtypes"):
         lines[name] = _version(name)
     lines |= {name: _text(value) for name, value in numba_attn.cpu.describe().items()}
+    lines["a small call"] = call
     lines["AMX"] = _amx()
     cuda = _version("numba-cuda")
     lines["CUDA"] = f"numba-cuda {cuda}; this release has no CUDA backend"
@@ -116,11 +119,28 @@ def info() -> dict[str, str]:
     return lines
 
 
+def _try_a_call() -> str:
+    """One call large enough for threads. A failure is a line of the report, not the end of it."""
+    try:
+        import numpy as np
+
+        import numba_attn
+
+        q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 512, 64), dtype=np.float32)
+        start = time.perf_counter()
+        out = numba_attn.attention(q, k, v)
+        seconds = time.perf_counter() - start
+        error = np.abs(out - numba_attn.reference.attention(q, k, v)).max()
+        return f"first {seconds:.3f} s, error {error:.1e}"
+    except Exception as why:
+        return f"failed, {type(why).__name__}: {why}"
+
+
 def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {inner}" for name, inner in value.items()) or "none"
     if isinstance(value, list):
-        return "; ".join(map(_text, value)) or "none yet in this process"
+        return ("\n" + " " * 19).join(map(_text, value)) or "none yet in this process"
     return str(value)
 
 

@@ -10,6 +10,7 @@ import math
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from numba_attn import plan, reference
@@ -20,7 +21,7 @@ DEFAULTS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-# What `math` means in a user's function here: NumPy's functions keep the precision of their argument, math's are double.
+# What `math` means in a user's function here: NumPy's functions keep their argument's precision, math's are double.
 NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=np.power, **{
     name: getattr(np, name) for name in ("exp", "log", "log1p", "tanh", "sin", "cos", "sqrt")
 })  # fmt: skip
@@ -117,13 +118,5 @@ def truth(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[
 
 
 def rounding(dtype: np.dtype) -> float:
-    """The spacing of the numbers of the output's dtype at 1."""
-    import ml_dtypes
-
+    """The spacing of the numbers of a dtype at 1."""
     return float(ml_dtypes.finfo(dtype).eps)
-
-
-def ulp_floor(v: np.ndarray, dtype: np.dtype) -> float:
-    """What an error may be whatever the yardstick says: one rounding of a typical value."""
-    v = np.asarray(v, np.float64)
-    return rounding(dtype) * math.sqrt(float(np.mean(v * v)) if v.size else 0.0)

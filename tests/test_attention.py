@@ -16,12 +16,12 @@ from cases import BY_NAME, CASES, DTYPES, Case, build, draw, from_layout, varian
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from naive import attention as naive
-from naive import resolve, rounding, truth, ulp_floor
+from naive import resolve, rounding, truth
 
 import numba_attn as na
 
 settings.register_profile(
-    "numba_attn", derandomize=True, deadline=None, max_examples=60, database=None,
+    "numba_attn", derandomize=True, deadline=None, max_examples=600, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
 settings.load_profile("numba_attn")
@@ -32,9 +32,16 @@ def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def check(
-    arrays: tuple[np.ndarray, np.ndarray, np.ndarray], options: dict[str, Any], out: np.ndarray | None = None
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
+    options: dict[str, Any],
+    out: np.ndarray | None = None,
+    luck: float = 0.0,
 ) -> None:
-    """The library's (out, lse) for these arguments, held to the reference; `out`, poisoned, is where it writes."""
+    """The library's (out, lse) for these arguments, held to the reference; `out`, poisoned, is where it writes.
+
+    In a problem of a few numbers dense NumPy may be exact by luck. `luck` allows so many roundings of the largest
+    score, each of which is a relative error of a weight, whatever the yardstick says.
+    """
     q, _, v = arrays
     layout = options.get("layout", "bhsd")
     if out is None:
@@ -51,11 +58,14 @@ def check(
     yardstick, yardstick_lse = (from_bhsd(x, layout) for x in naive(acc, *arrays, **options))
     if q.dtype == np.float64:  # the reference is no better than the kernel: measure both against long double
         exact, exact_lse = (from_bhsd(x, layout) for x in truth(*arrays, **options))
-        near(want, exact, farthest(yardstick, exact), 30 * rounding(q.dtype), "the reference's out")
-        near(want_lse, exact_lse, farthest(yardstick_lse, exact_lse), 30 * rounding(q.dtype), "the reference's lse")
+        near(want, exact, yardstick, "the reference's out", 30 * rounding(q.dtype))
+        near(want_lse, exact_lse, yardstick_lse, "the reference's lse", 30 * rounding(q.dtype))
         want, want_lse = exact, exact_lse
-    near(out, want, farthest(yardstick.astype(q.dtype), want), rounding(q.dtype), "out", ulp_floor(v, q.dtype))
-    near(lse, want_lse, farthest(yardstick_lse, want_lse), rounding(acc), "lse", 4 * rounding(acc))
+    eps, unsure = rounding(q.dtype), 0.0
+    if luck:  # the size of the scores is that of the lse, but for a sink that outweighs them
+        unsure = luck * rounding(acc) * (1 + largest(naive(acc, *arrays, **(options | {"sinks": None}))[1]))
+    near(out, want, yardstick.astype(q.dtype), "out", eps + unsure, floor=eps * rms(v))
+    near(lse, want_lse, yardstick_lse, "lse", (1 + luck) * rounding(acc), floor=(4 + luck) * rounding(acc))
 
 
 def from_bhsd(x: np.ndarray, layout: str) -> np.ndarray:
@@ -65,28 +75,33 @@ def from_bhsd(x: np.ndarray, layout: str) -> np.ndarray:
     return x[(0,) * (4 - len(layout))]
 
 
-def farthest(x: np.ndarray, want: np.ndarray) -> float:
-    ok = np.isfinite(want)
-    return float(np.max(np.abs(x.astype(want.dtype)[ok] - want[ok]), initial=0.0))
+def largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
 
 
-def near(x: np.ndarray, want: np.ndarray, naive_error: float, eps: float, what: str, floor: float = 0.0) -> None:
+def rms(x: np.ndarray) -> float:
+    x = x.astype(np.float64)
+    return float(np.sqrt(np.mean(x * x, where=np.isfinite(x)))) if np.isfinite(x).any() else 0.0
+
+
+def near(x: np.ndarray, want: np.ndarray, yardstick: np.ndarray, what: str, eps: float, floor: float = 0.0) -> None:
+    """x is finite where `want` is and equal where it is not. Its largest error is at most twice the yardstick's, `eps`
+    times the largest number and the absolute floor. Where there are many numbers the root mean square error, which luck
+    moves less and which is then far below the floor, is at most three times the yardstick's."""
     assert x.shape == want.shape, f"{what} has shape {x.shape}, the reference {want.shape}"
-    x = x.astype(want.dtype)
+    x, yardstick = x.astype(want.dtype), yardstick.astype(want.dtype)
     ok = np.isfinite(want)
-    odd = ~ok & ~((x == want) | (np.isnan(x) & np.isnan(want)))
-    assert not odd.any(), (
-        f"{what}: {odd.sum()} of the {np.sum(~ok)} elements that are not finite differ, first at {first(odd)}"
-    )
-    assert np.isfinite(x[ok]).all(), (
-        f"{what}: {np.sum(~np.isfinite(x) & ok)} elements are not finite, first at {first(~np.isfinite(x) & ok)}"
-    )
-    bound = 2 * naive_error + eps * float(np.max(np.abs(want[ok]), initial=0.0)) + floor
-    error = np.where(ok, np.abs(np.where(ok, x, 0) - np.where(ok, want, 0)), 0)
-    worst = float(np.max(error, initial=0.0))
-    assert worst <= bound, (
-        f"{what}: off by {worst:.3g} at {first(error == error.max())}, allowed {bound:.3g} (naive {naive_error:.3g})"
-    )
+    odd = ~ok & (x != want) & ~(np.isnan(x) & np.isnan(want))
+    assert not odd.any(), f"{what}: {odd.sum()} of {np.sum(~ok)} infinities and NaNs are missing, first at {first(odd)}"
+    lost = ok & ~np.isfinite(x)
+    assert not lost.any(), f"{what}: {lost.sum()} elements are not finite, first at {first(lost)}"
+    error, naive_error = (np.abs(np.where(ok, y, 0) - np.where(ok, want, 0)) for y in (x, yardstick))
+    for measure, factor, absolute in ((largest, 2, floor), (rms, 3, 0.0)) if x.size > 64 else ((largest, 2, floor),):
+        allowed = factor * measure(naive_error) + eps * measure(want) + absolute
+        assert measure(error) <= allowed, (
+            f"{what}: {measure.__name__} error {measure(error):.3g}, allowed {allowed:.3g}, dense NumPy's is "
+            f"{measure(naive_error):.3g}; the largest is at {first(error == error.max())}"
+        )
 
 
 def first(where: np.ndarray) -> tuple[int, ...]:
@@ -448,7 +463,7 @@ def padding_shape_raises(shape: tuple[int, ...], batch: int, sq: int, sk: int) -
 @given(problems())
 def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -> None:
     (q, k, v), options = problem
-    check((q, k, v), options)
+    check((q, k, v), options, luck=2.0)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([64, 150, 333]), st.integers(1, 6))
@@ -492,7 +507,7 @@ def test_reference_and_dense_numpy_agree(name: str) -> None:
     for got, want in zip(
         naive(np.float64, *arrays, **options), na.reference.attention(*arrays, **options, return_lse=True), strict=True
     ):
-        near(from_bhsd(got, layout), want, 0.0, 1e-13, name)
+        near(from_bhsd(got, layout), want, want, name, 1e-13)
 
 
 def test_the_rule_can_fail() -> None:
@@ -500,11 +515,13 @@ def test_the_rule_can_fail() -> None:
     arrays, options = build(BY_NAME["plain-63x203"])
     want = na.reference.attention(*arrays, **options)
     yardstick = naive(np.float32, *arrays, **options)[0]
-    allowed = farthest(yardstick, want)
-    near(yardstick, want, allowed, rounding(np.dtype(np.float32)), "out")
-    for wrong in (want * (1 + 4e-6), np.where(np.arange(63)[:, None] == 62, np.nan, want), want + 2e-6):
+    eps = rounding(np.dtype(np.float32))
+    near(yardstick, want, yardstick, "out", eps, eps)
+    last = np.arange(63)[:, None] == 62
+    noise = 3e-7 * np.random.default_rng(0).standard_normal(want.shape)
+    for wrong in (want * (1 + 4e-6), np.where(last, np.nan, want), np.where(last, 0, want), want + 2e-6, want + noise):
         with pytest.raises(AssertionError, match="out: "):
-            near(wrong, want, allowed, rounding(np.dtype(np.float32)), "out")
+            near(wrong, want, yardstick, "out", eps, eps)
 
 
 def test_every_layout_of_one_problem_resolves_alike() -> None:

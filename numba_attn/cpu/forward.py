@@ -41,9 +41,11 @@ MAX_TILES = 8               # query tiles that share a pass over K and V
 def key_block(elem: str, head_dim: int) -> int:
     """Keys a block: a function of accumulation type and head size alone, since a row's bits depend on it.
 
-    K and V blocks, S' and Q' of one tile share the first-level cache.
+    Long blocks pay the fold of O' seldom; S', K and V of a block stay in the second-level cache. Share of FMA peak of the three inner loops
+    (Zen 4, D = 64): 64 keys 80 %, 128 keys 84, 192 keys 87, 256 keys 89; D = 128: 64 keys 89, 128 keys 95.
     """
-    return (128 if head_dim <= 64 else 64) // (1 if elem == "f32" else 2)
+    keys = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+    return keys if elem == "f32" else keys // 2
 
 
 def _fields(prefix, names):
@@ -167,8 +169,12 @@ def build(elem: str):
         @jit
         def visible_value_rows(v, ldv, p, visible, o, alpha, n, skip):
             t = zeros(v, L, mr, nr)
-            for j in range(n):
-                t = outer_visible(t, v + j * ldv, 1, p + j * w, visible + j * w)
+            for j in range(0, n - 1, 2):
+                a, b, seen = v + j * ldv, p + j * w, visible + j * w
+                t = outer_visible(t, a, 1, b, seen)
+                t = outer_visible(t, a + ldv, 1, b + w, seen + w)
+            if n & 1:
+                t = outer_visible(t, v + (n - 1) * ldv, 1, p + (n - 1) * w, visible + (n - 1) * w)
             fold_tile(t, o, w, alpha, skip)
 
         return score_rows, value_rows, visible_value_rows
@@ -233,11 +239,14 @@ def build(elem: str):
                 score_row(k + j * ldk, q, s + j * w, w, n)
 
     @jit
-    def values(v, ldv, p, visible, partial, o, alpha, w, first, last, n):
-        """O' over keys first:last and n dimensions; visible is read only where partial, or in head sizes under MR."""
+    def values(v, ldv, p, visible, masked, o, alpha, w, first, last, n):
+        """O' over keys first:last and n dimensions.
+
+        Hidden pairs have p = 0, which changes nothing where v is finite; masked is for a block of keys with a NaN or infinity in v.
+        """
         v, p, visible, keys = v + first * ldv, p + first * w, visible + first * w, last - first
         if n < MR:
-            if not partial:
+            if not masked:
                 for x in range(keys * w):
                     visible[x] = 255
             for d in range(n):
@@ -245,7 +254,7 @@ def build(elem: str):
             return
         for d in range(0, n, MR):
             at = min(d, n - MR)
-            if partial:
+            if masked:
                 visible_value_rows(v + at, ldv, p, visible, o + at * w, w, alpha, keys, d - at)
             else:
                 value_rows(v + at, ldv, p, o + at * w, w, alpha, keys, d - at)
@@ -272,7 +281,10 @@ def build(elem: str):
                 a3 = maximum(load(row + 3 * w, L), a3)
             old = load(m + c, L)
             new = maximum(maximum(maximum(a0, a1), maximum(a2, a3)), old)
-            safe = finite_or_zero(new)
+            store(alpha + c, rescale(old, new))
+            store(m + c, new)
+        for c in range(0, w, L):
+            safe = finite_or_zero(load(m + c, L))
             s0 = splat(ZERO, L)
             s1 = s0
             s2 = s0
@@ -291,10 +303,7 @@ def build(elem: str):
                 s1 = s1 + e1
                 s2 = s2 + e2
                 s3 = s3 + e3
-            al = rescale(old, new)
-            store(alpha + c, al)
-            store(m + c, new)
-            store(l + c, load(l + c, L) * al + ((s0 + s1) + (s2 + s3)))
+            store(l + c, load(l + c, L) * load(alpha + c, L) + ((s0 + s1) + (s2 + s3)))
 
     @jit
     def hide(s, visible, w, first, last):
@@ -303,11 +312,24 @@ def build(elem: str):
             store(s + x, select(load_bits(visible + x, L), load(s + x, L), splat(NEG_INF, L)))
 
     @jit
-    def interval_bytes(visible, lo, hi, j0, w, first, last, block, bounds):
-        """visible[j, lane] = lo[lane] <= j0 + j < hi[lane]."""
+    def lane_bounds(lo, hi, j0, w, block, bounds):
+        """Each lane's first and end key, counted from the block's start, as 32-bit numbers."""
         for r in range(w):
             bounds[r] = min(max(lo[r] - j0, 0), block)
             bounds[w + r] = min(max(hi[r] - j0, 0), block)
+
+    @jit
+    def hide_outside(s, w, first, last, bounds):
+        """-inf where a lane's interval does not hold the key: hide() without bytes."""
+        for c in range(0, w, L):
+            low, high = load(bounds + c, L), load(bounds + (w + c), L)
+            for j in range(first, last):
+                at, row = splat(np.int32(j), L), s + (j * w + c)
+                store(row, select((low <= at) & (at < high), load(row, L), splat(NEG_INF, L)))
+
+    @jit
+    def interval_bytes(visible, w, first, last, bounds):
+        """visible[j, lane]: whether the lane's interval holds the key."""
         for c in range(0, w, L):
             low, high = load(bounds + c, L), load(bounds + (w + c), L)
             for j in range(first, last):
@@ -530,9 +552,12 @@ def build(elem: str):
         if q_len < W:                                   # short: the queries of a group's heads lie side by side
             first = index * W
             count = min(W, group * q_len - first)
+            head, row = first // q_len, first % q_len
             for r in range(count):
-                heads[r] = kv_head * group + (first + r) // q_len
-                rows[r] = (first + r) % q_len
+                heads[r], rows[r] = kv_head * group + head, row
+                row += 1
+                if row == q_len:
+                    head, row = head + 1, 0
         else:                                           # a tile lies in one head; the heads of a group take turns
             first = (index // group) * W
             count = min(W, q_len - first)
@@ -623,17 +648,21 @@ def build(elem: str):
         write_rows(o, l, table, call.out_d, call.storage, rows_scratch, w, count, call.v_dim)
 
     @jit
-    def attend_block(call, b, info, j0, first, last, key, k, ldk, finite, v, ldv, q, o, m, l, s, visible, seen, bias, alpha, bounds, lanes, table,
+    def attend_block(call, b, info, j0, first, last, key, k, ldk, k_finite, v, ldv, v_finite, q, o, m, l, s, visible, seen, bias, alpha, bounds, lanes, table,
                      rows_scratch, offset):
         """Keys first:last of the block at j0 (sequence), key (array) into the state of one tile."""
         w, count = info[WIDTH], info[COUNT]
         rows, heads = info + ROWS_AT, info + HEADS_AT
         partial = j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
         pairwise = call.n_masks + call.n_segments + call.n_mask_mods > 0
-        if partial or pairwise or call.bias != 0:
-            interval_bytes(visible, info + LO_AT, info + HI_AT, j0, w, first, last, call.block, bounds)
+        pairwise = pairwise or call.bias != 0
+        bytes_filled = pairwise or (partial and not v_finite)
+        if partial or bytes_filled:
+            lane_bounds(info + LO_AT, info + HI_AT, j0, w, call.block, bounds)
+        if bytes_filled:
+            interval_bytes(visible, w, first, last, bounds)
         keys = last - first
-        if pairwise or call.bias != 0:
+        if pairwise:
             part = visible + first * w
             for n in range(call.n_masks):
                 mask_bytes(call, n, b, heads, rows, w, count, key + first, keys, table, seen, part)
@@ -656,7 +685,7 @@ def build(elem: str):
                 return
             partial = total < keys * count
         scores(k, ldk, q, s, w, first, last, call.qk_dim)
-        if not finite or not info[FINITE]:              # an infinite feature has no finite answer: its -inf must not pass for a hidden pair
+        if not k_finite or not info[FINITE]:              # an infinite feature has no finite answer: its -inf must not pass for a hidden pair
             for x in range(first * w, last * w):
                 s[x] = s[x] + (s[x] - s[x])
         if call.use_softcap:
@@ -675,22 +704,37 @@ def build(elem: str):
             for x in range(first * w, last * w, L):
                 any_hidden = any_hidden or any_bit(load(s + x, L) == splat(NEG_INF, L))
             if any_hidden:                              # score_mod hid a pair by returning -inf
-                if not partial:
-                    interval_bytes(visible, info + LO_AT, info + HI_AT, j0, w, first, last, call.block, bounds)
-                    partial = True
+                if not bytes_filled:
+                    lane_bounds(info + LO_AT, info + HI_AT, j0, w, call.block, bounds)
+                    interval_bytes(visible, w, first, last, bounds)
+                    bytes_filled = True
+                partial = True
                 for x in range(first * w, last * w):
                     visible[x] = 0 if s[x] == NEG_INF else visible[x]
-        if partial:
+        if partial and bytes_filled:
             hide(s, visible, w, first, last)
+        elif partial:                                   # only keys before the last lane's first, or after the first lane's end, are hidden
+            inner_low, inner_high = min(max(info[INNER_LOW] - j0, first), last), max(min(info[INNER_HIGH] - j0, last), first)
+            if inner_low < inner_high:
+                hide_outside(s, w, first, inner_low, bounds)
+                hide_outside(s, w, inner_high, last, bounds)
+            else:
+                hide_outside(s, w, first, last, bounds)
         padded = (last + 3) & ~3
         for x in range(last * w, padded * w):
             s[x] = NEG_INF
         online_softmax(s, w, first & ~3, padded, m, l, alpha)
         if call.drop:
             dropout(call, s, b, heads, rows, w, count, key, first, last)
-        values(v, ldv, s, visible, partial, o, alpha, w, first, last, call.v_dim)
+        values(v, ldv, s, visible, partial and not v_finite, o, alpha, w, first, last, call.v_dim)
 
     # ------------------------------------------------------------ work items
+
+    @jit
+    def key_range(info, j0, keys):
+        """The keys of the block at j0 that a tile needs, first on a multiple of 8."""
+        first, last = max(info[LOW] - j0, 0) & ~7, min(info[HIGH] - j0, keys)
+        return first, (min((last + 7) & ~7, keys) if first < last else first)
 
     @jit
     def attend(call, sequence, kv_head, first_tile, n_tiles, scratch):
@@ -725,9 +769,12 @@ def build(elem: str):
             keys = min(block, k_len - j0)
             key = k_start + j0
             needed = False
+            mixed = call.n_masks + call.n_segments + call.n_mask_mods + call.bias + call.score_mod != 0
             for t in range(n_tiles):
                 info = infos + t * INFO
-                needed = needed or (info[LOW] < j0 + keys and info[HIGH] > j0)
+                first, last = key_range(info, j0, keys)
+                needed = needed or first < last
+                mixed = mixed or j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
             if needed:
                 k_at = call.k + b * call.k_b + kv_head * call.k_h + key * call.k_s
                 v_at = call.v + b * call.v_b + kv_head * call.v_h + key * call.v_s
@@ -736,14 +783,14 @@ def build(elem: str):
                 if copy_v:
                     copy_block(v_at, call.v_s, call.v_d, call.storage, v_copy, keys, dv)
                 k = k_copy if copy_k else acc_ptr(k_at)
-                finite = all_finite(k, keys * qk)
                 v = v_copy if copy_v else acc_ptr(v_at)
+                k_finite = all_finite(k, keys * qk)
+                v_finite = not mixed or all_finite(v, keys * dv)
                 for t in range(n_tiles):
                     info = infos + t * INFO
-                    first, last = max(info[LOW] - j0, 0) & ~7, min(info[HIGH] - j0, keys)
+                    first, last = key_range(info, j0, keys)
                     if first < last:
-                        last = min((last + 7) & ~7, keys)
-                        attend_block(call, b, info, j0, first, last, key, k, qk, finite, v, dv, q_all + t * qk * W, o_all + t * dv * W,
+                        attend_block(call, b, info, j0, first, last, key, k, qk, k_finite, v, dv, v_finite, q_all + t * qk * W, o_all + t * dv * W,
                                      state + 2 * t * W, state + (2 * t + 1) * W, s, visible, seen, bias, alpha, bounds, lanes, table,
                                      rows_scratch, sequence[5] - sequence[1])
             j0 += block
