@@ -1,9 +1,24 @@
 """numba_attn: attention for people who work in NumPy. See `attention`, the mask constructors and `reference`."""
+
 from . import reference
 from .api import attention
 from .mask import Mask, causal, intervals, lengths, mask_mod, prefix, segments, varlen, window
 from .score import ScoreMod, score_mod, where
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "ScoreMod", "attention", "causal", "intervals", "lengths", "mask_mod", "prefix", "reference", "score_mod", "segments",
-           "varlen", "where", "window"]
+__all__ = [
+    "Mask",
+    "ScoreMod",
+    "attention",
+    "causal",
+    "intervals",
+    "lengths",
+    "mask_mod",
+    "prefix",
+    "reference",
+    "score_mod",
+    "segments",
+    "varlen",
+    "where",
+    "window",
+]

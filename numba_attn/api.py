@@ -1,4 +1,5 @@
 """The public calls: arguments -> plan -> kernel -> result."""
+
 from __future__ import annotations
 
 import warnings
@@ -13,10 +14,29 @@ _PLAIN: dict[Any, Any] = {}
 _MOST_PLAIN = 1024
 
 
-def attention(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = None, align: Any = None, mask: Any = None, bias: Any = None,
-              scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, sinks: Any = None, score_mod: Any = None,
-              aux: Any = (), dropout_p: float = 0.0, seed: int | None = None, layout: str = "bhsd", out: Any = None, return_lse: bool = False,
-              backend: str = "auto") -> Any:
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: Any = None,
+    align: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    aux: Any = (),
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bhsd",
+    out: Any = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
     """Scaled dot-product attention, softmax(scale q k' + ...) v, in O(S) memory.
 
     Parameters
@@ -86,16 +106,32 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = Non
     (2, 8, 128, 64)
     """
     key = launch = None
-    if (mask is None and bias is None and score_mod is None and out is None and alibi_slopes is None and sinks is None and seed is None
-            and type(aux) is tuple and not aux and type(dropout_p) is float and dropout_p == 0.0 and type(q) is type(k) is type(v) is np.ndarray):
+    if (
+        mask is None
+        and bias is None
+        and score_mod is None
+        and out is None
+        and alibi_slopes is None
+        and sinks is None
+        and seed is None
+        and type(aux) is tuple
+        and not aux
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and type(q) is type(k) is type(v) is np.ndarray
+    ):
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout)
         if causal is True or causal is False:
             key += (causal, return_lse is True)
-        if not (scale is softcap is window is align is None and backend == "auto" and (return_lse is True or return_lse is False)):
+        if not (
+            scale is softcap is window is align is None
+            and backend == "auto"
+            and (return_lse is True or return_lse is False)
+        ):
             key = _exact(key, (causal, scale, softcap, window, align, return_lse, backend))
         try:
             launch = _PLAIN.get(key) if key is not None else None
-        except TypeError:           # an unhashable layout: plan says what is wrong with it
+        except TypeError:  # an unhashable layout: plan says what is wrong with it
             key = None
     if launch is not None:
         bhsd = layout == "bhsd"
@@ -104,15 +140,33 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = Non
         if bhsd:
             _run(launch, q, k, v, result, lse)
         else:
-            _run(launch, *(plan.bhsd_view(x, layout) for x in (q, k, v, result)), None if lse is None else plan.bhsd_view(lse, layout))
+            _run(
+                launch,
+                *(plan.bhsd_view(x, layout) for x in (q, k, v, result)),
+                None if lse is None else plan.bhsd_view(lse, layout),
+            )
         return (result, lse) if return_lse else result
 
     if backend not in ("auto", "cpu"):
         raise ValueError(f"backend is {backend!r}; it takes 'auto' or 'cpu' (CUDA kernels are not in this release)")
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
-    options = dict(causal=causal, window=window, align=align, mask=mask, bias=bias, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-                   sinks=sinks, score_mod=score_mod, aux=aux, dropout_p=dropout_p, seed=seed, layout=layout)
+    options = dict(
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        aux=aux,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+    )
     problem = plan.resolve(q, k, v, **options)
     if out is None:
         result = np.empty(plan.output_shape(problem), problem.dtype)
@@ -149,9 +203,11 @@ def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] |
 
 # The kernels are imported with the first call, not with the package: checking arguments and the reference need no Numba.
 
+
 def _prepare(problem: plan.Problem, want_lse: bool) -> Any:
     global _prepare, _run
     from .cpu.launch import prepare, run
+
     _prepare, _run = prepare, run
     return prepare(problem, want_lse)
 
@@ -162,14 +218,19 @@ def _run(*args: Any) -> None:
 
 def _jit_is_off() -> bool:
     from numba import config
+
     return bool(config.DISABLE_JIT)
 
 
 def _dense(out: Any, lse: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
     """NUMBA_DISABLE_JIT=1: vector kernels can't run as Python, so the dense float64 reference does the work, and says so."""
     from . import reference
-    warnings.warn("numba_attn: NUMBA_DISABLE_JIT is set, so attention() runs the dense NumPy reference: slow, O(Sq Sk) memory", RuntimeWarning,
-                  stacklevel=3)
+
+    warnings.warn(
+        "numba_attn: NUMBA_DISABLE_JIT is set, so attention() runs the dense NumPy reference: slow, O(Sq Sk) memory",
+        RuntimeWarning,
+        stacklevel=3,
+    )
     out[...], dense_lse = reference.attention(q, k, v, **options, return_lse=True)
     if lse is not None:
         lse[...] = dense_lse

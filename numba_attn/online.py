@@ -11,6 +11,7 @@ Both are two-level sums: a block's own sum is built from zero and meets the runn
 The functions are plain: they use operators and the names handed to `build`, which mean vectors on the CPU, scalars on a GPU and
 arrays in NumPy. A state starts at m = -inf, l = 0, o = 0, true -inf and no finite stand-in: `safe` keeps -inf - -inf from happening.
 """
+
 from typing import NamedTuple
 
 import numpy as np

@@ -3,6 +3,7 @@
 A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *aux) -> bool: plain Python functions, or @njit ones,
 of scalars. This file needs no Numba; cpu/modifiers.py compiles them, reference.py calls them.
 """
+
 import inspect
 import math
 import types
@@ -18,6 +19,7 @@ _SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
 @dataclass(frozen=True)
 class ScoreMod:
     """A score modifier with, if the user has one, its hand-written gradient."""
+
     fn: Callable[..., Any]
     grad: Callable[..., Any] | None = None
 
@@ -60,13 +62,17 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
     """
     fn = plain_function(fn)
     if not isinstance(fn, types.FunctionType):
-        raise TypeError(f"{name}: got {type(fn).__name__}; accepted is a plain Python function or an @njit one "
-                        f"(wrap a callable object, a partial or a builtin in a def or lambda)")
+        raise TypeError(
+            f"{name}: got {type(fn).__name__}; accepted is a plain Python function or an @njit one "
+            f"(wrap a callable object, a partial or a builtin in a def or lambda)"
+        )
     for kind, what, value in _captured(fn):
         if isinstance(value, np.ndarray):
-            raise TypeError(f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has now, and later "
-                            f"changes would silently have no effect. Pass it through aux=({what},) and take it as a parameter behind the indices")
-    leading = ("score, b, h, i, j" if n_leading == 5 else "b, h, i, j")
+            raise TypeError(
+                f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has now, and later "
+                f"changes would silently have no effect. Pass it through aux=({what},) and take it as a parameter behind the indices"
+            )
+    leading = "score, b, h, i, j" if n_leading == 5 else "b, h, i, j"
     try:
         inspect.signature(fn).bind(*range(n_leading + (n_aux or 0)))
     except TypeError as error:
@@ -82,14 +88,16 @@ def _captured(fn: types.FunctionType) -> list[tuple[str, str, Any]]:
     for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
         try:
             found.append(("closure", what, cell.cell_contents))
-        except ValueError:      # not assigned yet
+        except ValueError:  # not assigned yet
             continue
     code = [fn.__code__]
     while code:
         one = code.pop()
         found += [("globals", n, fn.__globals__[n]) for n in one.co_names if n in fn.__globals__]
         code += [c for c in one.co_consts if isinstance(c, types.CodeType)]
-    found += [("defaults", what, value) for what, value in zip(fn.__code__.co_varnames[::-1], (fn.__defaults__ or ())[::-1])]
+    found += [
+        ("defaults", what, value) for what, value in zip(fn.__code__.co_varnames[::-1], (fn.__defaults__ or ())[::-1])
+    ]
     return found
 
 
@@ -102,8 +110,15 @@ def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
     parts: list[Any] = [fn.__code__]
     for kind, what, value in _captured(fn):
         if isinstance(value, _SCALARS):
-            value = (type(value), repr(value) if isinstance(value, (float, np.floating)) and math.isnan(value) else value)
-        elif isinstance(plain_function(value), types.FunctionType) and value is not fn and plain_function(value) is not fn:
+            value = (
+                type(value),
+                repr(value) if isinstance(value, (float, np.floating)) and math.isnan(value) else value,
+            )
+        elif (
+            isinstance(plain_function(value), types.FunctionType)
+            and value is not fn
+            and plain_function(value) is not fn
+        ):
             value = identity(value) if plain_function(value).__module__ != "math" else value
         else:
             value = id(value)

@@ -6,6 +6,7 @@ SIMD row is part of the file name. With no writable folder, kernels are compiled
 
 The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py fails when they change.
 """
+
 import contextlib
 import gc
 import hashlib
@@ -47,15 +48,22 @@ def fingerprint() -> str:
 def cache_folder() -> str | None:
     """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache folder. None with a warning."""
     named = [os.path.join(d, "numba_attn") for d in (os.environ.get("NUMBA_ATTN_CACHE_DIR"), config.CACHE_DIR) if d]
-    for folder in named or [str(PACKAGE / "__pycache__"), os.path.join(AppDirs(appname="numba_attn", appauthor=False).user_cache_dir)]:
+    for folder in named or [
+        str(PACKAGE / "__pycache__"),
+        os.path.join(AppDirs(appname="numba_attn", appauthor=False).user_cache_dir),
+    ]:
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             return folder
         except OSError:
             continue
-    warnings.warn("numba_attn: no writable cache folder, so kernels are compiled anew in every process (some seconds); "
-                  "set NUMBA_ATTN_CACHE_DIR to a folder that can be written", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        "numba_attn: no writable cache folder, so kernels are compiled anew in every process (some seconds); "
+        "set NUMBA_ATTN_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return None
 
 
@@ -98,8 +106,10 @@ def _cache_for(py_func, name):
     folder = cache_folder()
     try:
         return _Cache(py_func, name, folder) if folder else caching.NullCache()
-    except (AttributeError, TypeError) as error:        # Numba's private classes have changed
-        warnings.warn(f"numba_attn: no kernel cache with Numba {numba.__version__} ({error})", RuntimeWarning, stacklevel=3)
+    except (AttributeError, TypeError) as error:  # Numba's private classes have changed
+        warnings.warn(
+            f"numba_attn: no kernel cache with Numba {numba.__version__} ({error})", RuntimeWarning, stacklevel=3
+        )
         return caching.NullCache()
 
 
@@ -108,8 +118,10 @@ def _cache_for(py_func, name):
 # Numba optimises every function that a kernel calls, writes machine code for it although only the kernel that it is inlined
 # into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR; the kernel's own pass optimises all.
 
+
 class _InnerLibrary(JITCodeLibrary):
     """A library to link from. Should anyone ask for the address of a function in it after all, it is finished then."""
+
     _added = False
 
     def _optimize_final_module(self):
@@ -145,12 +157,14 @@ def _inner_libraries(kernel: str):
     library_class._unserialize = own._unserialize
 
     def set_env(name, env):
-        if codegen._engine.get_global_value_address(name):      # 0: the function is in no engine, and nothing of ours reads its environment
+        if codegen._engine.get_global_value_address(
+            name
+        ):  # 0: the function is in no engine, and nothing of ours reads its environment
             type(codegen).set_env(codegen, name, env)
 
-    collecting = gc.isenabled()
-    gc.disable()                                        # nothing to collect in a compilation, and looking takes a tenth of it
     with global_compiler_lock:
+        collecting = gc.isenabled()
+        gc.disable()  # nothing to collect in a compilation, and looking takes a tenth of it
         codegen._library_class, codegen.set_env = library_class, set_env
         try:
             yield
@@ -161,6 +175,7 @@ def _inner_libraries(kernel: str):
 
 
 # ---------------------------------------------------------------- entry kernels
+
 
 def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     """The address of py_func as a C function; compiled, or loaded from the cache."""
@@ -176,7 +191,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     return c.address
 
 
-_KEEP: list[CFunc] = []     # a C function dies with its object
+_KEEP: list[CFunc] = []  # a C function dies with its object
 
 
 def compile_entry(py_func, signature, name: str, parallel: bool = False):

@@ -12,6 +12,7 @@
 One source serves float32 (with float16 and bfloat16 storage) and float64: `build` makes the functions for one accumulation type.
 Everything that changes per call is a number in a CALL record, so a call never compiles anything.
 """
+
 import math
 
 import numpy as np
@@ -24,18 +25,43 @@ from ..online import LN2, LOG2E
 from . import simd
 from .compile import inner
 from .modifiers import MATH
-from .simd import (ROW, address_of, any_bit, call_address, exp2, f32_ptr, f64_ptr, fetch_add, fold_tile, i32_ptr, i64_ptr, load,
-                   load_bits, maximum, outer, outer_visible, select, splat, store, store_bytes, store_tile, transpose_in, transpose_out,
-                   u8_ptr, u16_ptr, zeros)
+from .simd import (
+    ROW,
+    address_of,
+    any_bit,
+    call_address,
+    exp2,
+    f32_ptr,
+    f64_ptr,
+    fetch_add,
+    fold_tile,
+    i32_ptr,
+    i64_ptr,
+    load,
+    load_bits,
+    maximum,
+    outer,
+    outer_visible,
+    select,
+    splat,
+    store,
+    store_bytes,
+    store_tile,
+    transpose_in,
+    transpose_out,
+    u8_ptr,
+    u16_ptr,
+    zeros,
+)
 
 # Storage codes of q, k, v, out and bias.
 F32, F64, F16, BF16 = 0, 1, 2, 3
 STORAGE = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": BF16}
 ITEMSIZE = {F32: 4, F64: 8, F16: 2, BF16: 2}
 
-OPEN = 2 ** 62              # an absent window bound, as in plan.py
-FLUSH = 4096                # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
-MAX_TILES = 8               # query tiles that share a pass over K and V
+OPEN = 2**62  # an absent window bound, as in plan.py
+FLUSH = 4096  # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
+MAX_TILES = 8  # query tiles that share a pass over K and V
 
 
 def key_block(elem: str, head_dim: int) -> int:
@@ -55,16 +81,26 @@ def _fields(prefix, names):
 # What a kernel call reads: addresses, byte strides, sizes. 8-byte fields only.
 CALL = np.dtype(
     _fields("", "q k v out lse storage")
-    + _fields("q_", "b h s d") + _fields("k_", "b h s d") + _fields("v_", "b h s d") + _fields("out_", "b h s d") + _fields("lse_", "b h s")
+    + _fields("q_", "b h s d")
+    + _fields("k_", "b h s d")
+    + _fields("v_", "b h s d")
+    + _fields("out_", "b h s d")
+    + _fields("lse_", "b h s")
     + _fields("", "group kv_heads qk_dim v_dim block tiles sequences n_sequences first_item n_items counter")
     + _fields("", "left right has_prefix start end bounds_b bounds_h bounds_s")
-    + _fields("", "bias bias_storage") + _fields("bias_", "b h i j")
-    + _fields("", "masks n_masks segments n_segments mask_mods n_mask_mods score_mod score_aux slopes slopes_b sinks use_softcap")
+    + _fields("", "bias bias_storage")
+    + _fields("bias_", "b h i j")
+    + _fields(
+        "",
+        "masks n_masks segments n_segments mask_mods n_mask_mods score_mod score_aux slopes slopes_b sinks use_softcap",
+    )
     + _fields("", "drop drop_below seed")
-    + _fields("at_", "s q o state sums infos table bounds visible seen bias rows k v") + _fields("", "scratch")
-    + [(n, np.float64) for n in ("q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")])
+    + _fields("at_", "s q o state sums infos table bounds visible seen bias rows k v")
+    + _fields("", "scratch")
+    + [(n, np.float64) for n in ("q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")]
+)
 
-SEQUENCE = 7                # columns of the sequence table: batch, q_start, q_len, k_start, k_len, offset, prefix
+SEQUENCE = 7  # columns of the sequence table: batch, q_start, q_len, k_start, k_len, offset, prefix
 
 
 def tile_rows(elem: str) -> int:
@@ -72,20 +108,32 @@ def tile_rows(elem: str) -> int:
     return ROW.nr * ROW.lanes(elem)
 
 
-TILE_INFO = 8               # counts in a tile's table, before row index, head, first and end key of each query
+TILE_INFO = 8  # counts in a tile's table, before row index, head, first and end key of each query
 
 
-def scratch_layout(elem: str, tiles: int, qk_dim: int, v_dim: int, block: int, long: bool, bias: bool, copy: bool) -> dict[str, int]:
+def scratch_layout(
+    elem: str, tiles: int, qk_dim: int, v_dim: int, block: int, long: bool, bias: bool, copy: bool
+) -> dict[str, int]:
     """Byte offset of each buffer in a thread's scratch memory, and its size as "scratch".
 
     Each starts on a 64-byte boundary: the largest single gain in speed (the QK loop reaches 92 % of peak with it, 80 without).
     """
     w, size = tile_rows(elem), 4 if elem == "f32" else 8
     sizes = {
-        "s": block * w * size, "q": tiles * qk_dim * w * size, "o": tiles * v_dim * w * size, "state": (4 + 2 * tiles) * w * size,
-        "sums": tiles * (v_dim + 4) * w * size * long, "infos": tiles * (TILE_INFO + 4 * w) * 8, "table": 2 * w * 8, "bounds": 2 * w * 4,
-        "visible": block * w, "seen": block * w, "bias": block * w * size * bias, "rows": max(qk_dim, v_dim, block) * w * size,
-        "k": block * qk_dim * size * copy, "v": block * v_dim * size * copy,
+        "s": block * w * size,
+        "q": tiles * qk_dim * w * size,
+        "o": tiles * v_dim * w * size,
+        "state": (4 + 2 * tiles) * w * size,
+        "sums": tiles * (v_dim + 4) * w * size * long,
+        "infos": tiles * (TILE_INFO + 4 * w) * 8,
+        "table": 2 * w * 8,
+        "bounds": 2 * w * 4,
+        "visible": block * w,
+        "seen": block * w,
+        "bias": block * w * size * bias,
+        "rows": max(qk_dim, v_dim, block) * w * size,
+        "k": block * qk_dim * size * copy,
+        "v": block * v_dim * size * copy,
     }
     layout, at = {}, 0
     for name, n in sizes.items():
@@ -101,6 +149,7 @@ def _call_record(typingctx, address):
 
     def codegen(context, builder, sig, args):
         return builder.inttoptr(args[0], context.get_value_type(record))
+
     return record(types.intp), codegen
 
 
@@ -180,7 +229,9 @@ def build(elem: str):
         return score_rows, value_rows, visible_value_rows
 
     # By width: a tile is 1 to 3 vectors of queries wide. (Rows of the SIMD table with another NR would need more cases here.)
-    (score_1, value_1, visible_1), (score_2, value_2, visible_2), (score_3, value_3, visible_3) = (tile_products(MR, nr) for nr in (1, 2, 3))
+    (score_1, value_1, visible_1), (score_2, value_2, visible_2), (score_3, value_3, visible_3) = (
+        tile_products(MR, nr) for nr in (1, 2, 3)
+    )
 
     @jit
     def score_rows(k, ldk, q, s, w, n):
@@ -420,7 +471,7 @@ def build(elem: str):
         whole = n - n % L
         direct = storage == ACC_STORAGE and stride == ACC_BYTES
         if not direct:
-            for r in range(w):                          # into row-major scratch first; the targets wait behind it in the table
+            for r in range(w):  # into row-major scratch first; the targets wait behind it in the table
                 addresses[W + r] = addresses[r]
                 addresses[r] = address_of(rows + r * n)
         for r in range(0, w, L):
@@ -549,7 +600,7 @@ def build(elem: str):
         b, q_start, q_len, k_start, k_len = sequence[0], sequence[1], sequence[2], sequence[3], sequence[4]
         offset, prefix, group = sequence[5], sequence[6], call.group
         rows, heads, lo, hi = info + ROWS_AT, info + HEADS_AT, info + LO_AT, info + HI_AT
-        if q_len < W:                                   # short: the queries of a group's heads lie side by side
+        if q_len < W:  # short: the queries of a group's heads lie side by side
             first = index * W
             count = min(W, group * q_len - first)
             head, row = first // q_len, first % q_len
@@ -558,7 +609,7 @@ def build(elem: str):
                 row += 1
                 if row == q_len:
                     head, row = head + 1, 0
-        else:                                           # a tile lies in one head; the heads of a group take turns
+        else:  # a tile lies in one head; the heads of a group take turns
             first = (index // group) * W
             count = min(W, q_len - first)
             for r in range(count):
@@ -579,16 +630,23 @@ def build(elem: str):
                 start = max(start, i64_ptr(call.start + at)[0] - k_start)
                 end = min(end, i64_ptr(call.end + at)[0] - k_start)
             if start >= end:
-                start, end = k_len, k_len               # sees nothing
+                start, end = k_len, k_len  # sees nothing
                 inner_high = 0
             else:
                 low, high = min(low, start), max(high, end)
                 inner_low, inner_high = max(inner_low, start), min(inner_high, end)
             lo[r], hi[r] = start, end
             rows[r] += q_start
-        for r in range(count, width):                   # idle lanes repeat the last query
+        for r in range(count, width):  # idle lanes repeat the last query
             rows[r], heads[r], lo[r], hi[r] = rows[count - 1], heads[count - 1], lo[count - 1], hi[count - 1]
-        info[COUNT], info[WIDTH], info[LOW], info[HIGH], info[INNER_LOW], info[INNER_HIGH] = count, width, low, high, inner_low, inner_high
+        info[COUNT], info[WIDTH], info[LOW], info[HIGH], info[INNER_LOW], info[INNER_HIGH] = (
+            count,
+            width,
+            low,
+            high,
+            inner_low,
+            inner_high,
+        )
 
     @jit
     def begin(call, b, info, table, rows_scratch, q, o, m, l):
@@ -648,8 +706,35 @@ def build(elem: str):
         write_rows(o, l, table, call.out_d, call.storage, rows_scratch, w, count, call.v_dim)
 
     @jit
-    def attend_block(call, b, info, j0, first, last, key, k, ldk, k_finite, v, ldv, v_finite, q, o, m, l, s, visible, seen, bias, alpha, bounds, lanes, table,
-                     rows_scratch, offset):
+    def attend_block(
+        call,
+        b,
+        info,
+        j0,
+        first,
+        last,
+        key,
+        k,
+        ldk,
+        k_finite,
+        v,
+        ldv,
+        v_finite,
+        q,
+        o,
+        m,
+        l,
+        s,
+        visible,
+        seen,
+        bias,
+        alpha,
+        bounds,
+        lanes,
+        table,
+        rows_scratch,
+        offset,
+    ):
         """Keys first:last of the block at j0 (sequence), key (array) into the state of one tile."""
         w, count = info[WIDTH], info[COUNT]
         rows, heads = info + ROWS_AT, info + HEADS_AT
@@ -672,7 +757,16 @@ def build(elem: str):
                 spec = i64_ptr(call.mask_mods) + 2 * n
                 mod_calls(spec[0], spec[1], part, b, heads, rows, w, count, key + first, keys)
             if call.bias:
-                row_addresses(table, call.bias + b * call.bias_b + (key + first) * call.bias_j, call.bias_h, call.bias_i, heads, rows, w, count)
+                row_addresses(
+                    table,
+                    call.bias + b * call.bias_b + (key + first) * call.bias_j,
+                    call.bias_h,
+                    call.bias_i,
+                    heads,
+                    rows,
+                    w,
+                    count,
+                )
                 read_rows(table, call.bias_j, call.bias_storage, rows_scratch, bias + first * w, w, keys)
                 tile = bias + first * w
                 for x in range(keys * w):
@@ -685,7 +779,9 @@ def build(elem: str):
                 return
             partial = total < keys * count
         scores(k, ldk, q, s, w, first, last, call.qk_dim)
-        if not k_finite or not info[FINITE]:              # an infinite feature has no finite answer: its -inf must not pass for a hidden pair
+        if (
+            not k_finite or not info[FINITE]
+        ):  # an infinite feature has no finite answer: its -inf must not pass for a hidden pair
             for x in range(first * w, last * w):
                 s[x] = s[x] + (s[x] - s[x])
         if call.use_softcap:
@@ -703,7 +799,7 @@ def build(elem: str):
             any_hidden = False
             for x in range(first * w, last * w, L):
                 any_hidden = any_hidden or any_bit(load(s + x, L) == splat(NEG_INF, L))
-            if any_hidden:                              # score_mod hid a pair by returning -inf
+            if any_hidden:  # score_mod hid a pair by returning -inf
                 if not bytes_filled:
                     lane_bounds(info + LO_AT, info + HI_AT, j0, w, call.block, bounds)
                     interval_bytes(visible, w, first, last, bounds)
@@ -713,8 +809,11 @@ def build(elem: str):
                     visible[x] = 0 if s[x] == NEG_INF else visible[x]
         if partial and bytes_filled:
             hide(s, visible, w, first, last)
-        elif partial:                                   # only keys before the last lane's first, or after the first lane's end, are hidden
-            inner_low, inner_high = min(max(info[INNER_LOW] - j0, first), last), max(min(info[INNER_HIGH] - j0, last), first)
+        elif partial:  # only keys before the last lane's first, or after the first lane's end, are hidden
+            inner_low, inner_high = (
+                min(max(info[INNER_LOW] - j0, first), last),
+                max(min(info[INNER_HIGH] - j0, last), first),
+            )
             if inner_low < inner_high:
                 hide_outside(s, w, first, inner_low, bounds)
                 hide_outside(s, w, inner_high, last, bounds)
@@ -744,17 +843,39 @@ def build(elem: str):
         long = k_len > FLUSH
         s, q_all, o_all = acc_ptr(scratch + call.at_s), acc_ptr(scratch + call.at_q), acc_ptr(scratch + call.at_o)
         alpha, o_sums = acc_ptr(scratch + call.at_state), acc_ptr(scratch + call.at_sums)
-        infos, table, bounds = i64_ptr(scratch + call.at_infos), i64_ptr(scratch + call.at_table), i32_ptr(scratch + call.at_bounds)
-        visible, seen, bias = u8_ptr(scratch + call.at_visible), u8_ptr(scratch + call.at_seen), acc_ptr(scratch + call.at_bias)
-        rows_scratch, k_copy, v_copy = acc_ptr(scratch + call.at_rows), acc_ptr(scratch + call.at_k), acc_ptr(scratch + call.at_v)
-        lanes, state = alpha + W, alpha + 4 * W         # W factors, 2 W numbers of ALiBi; then m and l of each tile
+        infos, table, bounds = (
+            i64_ptr(scratch + call.at_infos),
+            i64_ptr(scratch + call.at_table),
+            i32_ptr(scratch + call.at_bounds),
+        )
+        visible, seen, bias = (
+            u8_ptr(scratch + call.at_visible),
+            u8_ptr(scratch + call.at_seen),
+            acc_ptr(scratch + call.at_bias),
+        )
+        rows_scratch, k_copy, v_copy = (
+            acc_ptr(scratch + call.at_rows),
+            acc_ptr(scratch + call.at_k),
+            acc_ptr(scratch + call.at_v),
+        )
+        lanes, state = alpha + W, alpha + 4 * W  # W factors, 2 W numbers of ALiBi; then m and l of each tile
 
         low, high = k_len, 0
         for t in range(n_tiles):
             info = infos + t * INFO
             locate(call, sequence, kv_head, first_tile + t, info)
             low, high = min(low, info[LOW]), max(high, info[HIGH])
-            begin(call, b, info, table, rows_scratch, q_all + t * qk * W, o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W)
+            begin(
+                call,
+                b,
+                info,
+                table,
+                rows_scratch,
+                q_all + t * qk * W,
+                o_all + t * dv * W,
+                state + 2 * t * W,
+                state + (2 * t + 1) * W,
+            )
             if long:
                 o_sum = o_sums + t * (dv + 4) * W
                 for x in range((dv + 1) * W):
@@ -790,15 +911,49 @@ def build(elem: str):
                     info = infos + t * INFO
                     first, last = key_range(info, j0, keys)
                     if first < last:
-                        attend_block(call, b, info, j0, first, last, key, k, qk, k_finite, v, dv, v_finite, q_all + t * qk * W, o_all + t * dv * W,
-                                     state + 2 * t * W, state + (2 * t + 1) * W, s, visible, seen, bias, alpha, bounds, lanes, table,
-                                     rows_scratch, sequence[5] - sequence[1])
+                        attend_block(
+                            call,
+                            b,
+                            info,
+                            j0,
+                            first,
+                            last,
+                            key,
+                            k,
+                            qk,
+                            k_finite,
+                            v,
+                            dv,
+                            v_finite,
+                            q_all + t * qk * W,
+                            o_all + t * dv * W,
+                            state + 2 * t * W,
+                            state + (2 * t + 1) * W,
+                            s,
+                            visible,
+                            seen,
+                            bias,
+                            alpha,
+                            bounds,
+                            lanes,
+                            table,
+                            rows_scratch,
+                            sequence[5] - sequence[1],
+                        )
             j0 += block
             if long and j0 % FLUSH == 0:
                 for t in range(n_tiles):
                     o_sum = o_sums + t * (dv + 4) * W
-                    flush(infos[t * INFO + WIDTH], dv, o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W, o_sum, o_sum + (dv + 1) * W,
-                          o_sum + dv * W)
+                    flush(
+                        infos[t * INFO + WIDTH],
+                        dv,
+                        o_all + t * dv * W,
+                        state + 2 * t * W,
+                        state + (2 * t + 1) * W,
+                        o_sum,
+                        o_sum + (dv + 1) * W,
+                        o_sum + dv * W,
+                    )
         for t in range(n_tiles):
             info = infos + t * INFO
             o, m, l = o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W
@@ -819,7 +974,7 @@ def build(elem: str):
             item = fetch_add(counter, 1)
             if item >= call.n_items:
                 break
-            low, high = 0, call.n_sequences             # the sequence whose items hold this one
+            low, high = 0, call.n_sequences  # the sequence whose items hold this one
             while high - low > 1:
                 middle = (low + high) // 2
                 if first_item[middle] <= item:
@@ -831,9 +986,11 @@ def build(elem: str):
             n_tiles = (group * q_len + W - 1) // W if q_len < W else group * ((q_len + W - 1) // W)
             local = item - first_item[low]
             chunks = (n_tiles + call.tiles - 1) // call.tiles
-            chunk = chunks - 1 - local // call.kv_heads  # late queries first: with a causal mask they are the heavy ones
+            chunk = (
+                chunks - 1 - local // call.kv_heads
+            )  # late queries first: with a causal mask they are the heavy ones
             first_tile = chunk * call.tiles
             attend(call, sequence, local % call.kv_heads, first_tile, min(call.tiles, n_tiles - first_tile), scratch)
+        buffer[0] = 0  # must stay the last use: Numba frees an array after it, and addresses don't count
 
     return drain
-

@@ -1,4 +1,5 @@
 """A Problem -> one kernel call: fills the CALL record, chooses tiles and threads, allocates nothing the size of the inputs."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -28,13 +29,14 @@ SERIAL_FLOPS = 2e6
 @dataclass
 class Launch:
     """A call without its q, k, v, out and lse: reusable as long as nothing else of it is call data."""
+
     elem: str
-    storage: np.dtype[Any]      # the dtype that arrays enter the kernel with: halves as uint16
+    storage: np.dtype[Any]  # the dtype that arrays enter the kernel with: halves as uint16
     template: np.ndarray
     flops: float
     n_items: int
-    fill: bool                  # some query is in no sequence
-    keep: list[Any] = field(default_factory=list)      # what the addresses in the template point to
+    fill: bool  # some query is in no sequence
+    keep: list[Any] = field(default_factory=list)  # what the addresses in the template point to
 
 
 @cache
@@ -52,7 +54,12 @@ def _entry(q, k, v, out, lse, template, call, drain):
         call[x] = template[x]
     call[_Q], call[_K], call[_V], call[_OUT] = q.ctypes.data, k.ctypes.data, v.ctypes.data, out.ctypes.data
     for x in range(4):
-        call[_QB + x], call[_KB + x], call[_VB + x], call[_OB + x] = q.strides[x], k.strides[x], v.strides[x], out.strides[x]
+        call[_QB + x], call[_KB + x], call[_VB + x], call[_OB + x] = (
+            q.strides[x],
+            k.strides[x],
+            v.strides[x],
+            out.strides[x],
+        )
     if template[_LSE]:
         call[_LSE] = lse.ctypes.data
         for x in range(3):
@@ -70,7 +77,11 @@ def entry(storage: np.dtype[Any]):
     lse = np.dtype(np.float64 if storage == np.float64 else np.float32)
     numbers = types.Array(types.int64, 1, "C")
     arrays = [array_type(storage, 4)] * 3 + [array_type(storage, 4, True), array_type(lse, 3, True)]
-    return compile_entry(_entry, types.intp(*arrays, types.Array(types.int64, 1, "C", readonly=True), numbers, types.intp), f"entry-{storage.name}")
+    return compile_entry(
+        _entry,
+        types.intp(*arrays, types.Array(types.int64, 1, "C", readonly=True), numbers, types.intp),
+        f"entry-{storage.name}",
+    )
 
 
 def _set_array(record, name: str, array: np.ndarray, axes: str) -> None:
@@ -87,7 +98,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     record = record_array[0]
     sequences = problem.sequences
     if len(sequences) > 1 and np.any(sequences[:, 2:5:2] != sequences[0, 2:5:2]):
-        sequences = sequences[np.argsort(-sequences[:, 2] * sequences[:, 4], kind="stable")]        # the longest first
+        sequences = sequences[np.argsort(-sequences[:, 2] * sequences[:, 4], kind="stable")]  # the longest first
     sequences = np.ascontiguousarray(sequences)
     keep: list[Any] = [sequences]
 
@@ -111,16 +122,26 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     record["lse"] = want_lse
     record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
     record["block"], record["tiles"] = key_block(elem, qk), share
-    layout = scratch_layout(elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None, True)
+    layout = scratch_layout(
+        elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None, True
+    )
     for field_name, offset in layout.items():
         record[field_name] = offset
     record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
     record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
-    record["left"], record["right"], record["has_prefix"] = min(problem.left, OPEN), min(problem.right, OPEN), problem.has_prefix
+    record["left"], record["right"], record["has_prefix"] = (
+        min(problem.left, OPEN),
+        min(problem.right, OPEN),
+        problem.has_prefix,
+    )
     record["q_scale"] = problem.scale * (1.0 if natural else LOG2E)
     record["unit"] = unit
     if problem.softcap:
-        record["use_softcap"], record["softcap_in"], record["softcap_out"] = 1, 1.0 / problem.softcap, problem.softcap * unit
+        record["use_softcap"], record["softcap_in"], record["softcap_out"] = (
+            1,
+            1.0 / problem.softcap,
+            problem.softcap * unit,
+        )
     if problem.start is not None:
         assert problem.end is not None
         record["start"], record["end"] = problem.start.ctypes.data, problem.end.ctypes.data
@@ -136,8 +157,13 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         record["masks"], record["n_masks"] = table.ctypes.data, len(table)
         keep += [table, problem.masks]
     if problem.segments:
-        table = np.array([[q.ctypes.data, q.strides[0] if len(q) > 1 else 0, k.ctypes.data, k.strides[0] if len(k) > 1 else 0]
-                          for q, k in problem.segments], np.int64)
+        table = np.array(
+            [
+                [q.ctypes.data, q.strides[0] if len(q) > 1 else 0, k.ctypes.data, k.strides[0] if len(k) > 1 else 0]
+                for q, k in problem.segments
+            ],
+            np.int64,
+        )
         record["segments"], record["n_segments"] = table.ctypes.data, len(table)
         keep += [table, problem.segments]
     if problem.mask_mods:
@@ -151,7 +177,10 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         keep.append(table)
     if problem.score_mod is not None:
         numbers = aux_table(problem.aux)
-        record["score_mod"], record["score_aux"] = tile_function(problem.score_mod, "score", elem, problem.aux), numbers.ctypes.data
+        record["score_mod"], record["score_aux"] = (
+            tile_function(problem.score_mod, "score", elem, problem.aux),
+            numbers.ctypes.data,
+        )
         keep += [numbers, problem.aux]
     if problem.slopes is not None:
         record["slopes"] = problem.slopes.ctypes.data
@@ -161,7 +190,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         record["sinks"] = problem.sinks.ctypes.data
         keep.append(problem.sinks)
     if problem.dropout_p > 0:
-        record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2 ** 32)
+        record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2**32)
         record["drop_scale"] = 1.0 / (1.0 - problem.dropout_p)
         record["seed"] = np.array(problem.seed, np.uint64).view(np.int64)
     storage = problem.dtype if name in ("float32", "float64") else np.dtype(np.uint16)
@@ -187,6 +216,8 @@ def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.nda
     n = 1
     if launch.flops > SERIAL_FLOPS and launch.n_items > 1:
         n = min(threads.usable(), launch.n_items)
-    at = entry(launch.storage)(q, k, v, out_, _NO_LSE[launch.elem] if lse is None else lse, launch.template, call, drain if n == 1 else 0)
+    at = entry(launch.storage)(
+        q, k, v, out_, _NO_LSE[launch.elem] if lse is None else lse, launch.template, call, drain if n == 1 else 0
+    )
     if n > 1:
         threads.run(at, drain, n)

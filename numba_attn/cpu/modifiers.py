@@ -7,6 +7,7 @@ branch-free functions below, which LLVM turns into vector code as part of a loop
 A user's function is compiled alone, as that loop, and the kernel calls it through its address: a new function costs a tenth of a second,
 and no kernel is ever compiled for it.
 """
+
 import math
 import operator
 from collections.abc import Callable
@@ -31,28 +32,38 @@ from .simd import F32, F64, I32, I64, ROW, f32_ptr, f64_ptr, i64_ptr, u8_ptr
 @intrinsic
 def fma(typingctx, a, b, c):
     """a * b + c, fused where the CPU can."""
+
     def codegen(context, builder, sig, args):
         if not ROW.fma:
             return builder.fadd(builder.fmul(args[0], args[1]), args[2])
         t = args[0].type
-        return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(t, [t] * 3), f"llvm.fma.f{32 if t == F32 else 64}"), args)
+        return builder.call(
+            cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(t, [t] * 3), f"llvm.fma.f{32 if t == F32 else 64}"
+            ),
+            args,
+        )
+
     return a(a, a, a), codegen
 
 
 @intrinsic
 def power_of_two(typingctx, shifted):
     """2**n as a float, from n + magic (see `magic`): n must be a normal exponent."""
+
     def codegen(context, builder, sig, args):
         f32 = sig.args[0] == types.float32
         to, mantissa, bias = (I32, 23, 127) if f32 else (I64, 52, 1023)
         bits = builder.shl(builder.add(builder.bitcast(args[0], to), ir.Constant(to, bias)), ir.Constant(to, mantissa))
         return builder.bitcast(bits, args[0].type)
+
     return shifted(shifted), codegen
 
 
 @intrinsic
 def split_float(typingctx, x):
     """(m, e) with x = m * 2**e and m in [sqrt(1/2), sqrt(2)), for positive normal x; e as a float."""
+
     def codegen(context, builder, sig, args):
         f32 = sig.args[0] == types.float32
         to, mantissa, half = (I32, 23, 0x3F3504F3) if f32 else (I64, 52, 0x3FE6A09E667F3BCD)
@@ -61,26 +72,31 @@ def split_float(typingctx, x):
         e = builder.ashr(builder.sub(bits, c(half)), c(mantissa))
         m = builder.bitcast(builder.sub(bits, builder.shl(e, c(mantissa))), args[0].type)
         return context.make_tuple(builder, sig.return_type, [m, builder.sitofp(e, args[0].type)])
+
     return types.UniTuple(x, 2)(x), codegen
 
 
 @intrinsic
 def choose(typingctx, condition, yes, no):
     """select: both sides are computed."""
+
     def codegen(context, builder, sig, args):
         return builder.select(*args)
+
     return yes(types.boolean, yes, yes), codegen
 
 
 class Math:
-    """The functions for one accumulation type. Errors are 1 to 3 units in the last place; sin and cos for |x| < 1e8."""
+    """The functions for one accumulation type. Errors are 1 to 3 units in the last place; sin and cos for |x| < 1e6."""
 
     def __init__(self, elem: str):
         f32 = elem == "f32"
         acc = np.float32 if f32 else np.float64
-        magic = acc(1.5 * 2.0 ** (23 if f32 else 52))       # adding it rounds to an integer, held in the low bits
+        magic = acc(1.5 * 2.0 ** (23 if f32 else 52))  # adding it rounds to an integer, held in the low bits
         log2e, one, two, half, zero = acc(LOG2E), acc(1), acc(2), acc(0.5), acc(0)
-        ln2_high = acc(0.693145751953125) if f32 else acc(0.6931471803691238)        # few enough bits that n * ln2_high is exact
+        ln2_high = (
+            acc(0.693145751953125) if f32 else acc(0.6931471803691238)
+        )  # few enough bits that n * ln2_high is exact
         ln2_low = acc(math.log(2.0) - float(ln2_high)) if f32 else acc(1.9082149292705877e-10)
         biggest, smallest = (acc(88.8), acc(-104.0)) if f32 else (acc(709.9), acc(-746.0))
         # e**r - 1 = r + r**2 (1/2 + r/6 + ...), |r| <= ln2 / 2: Taylor, 5e-9 and 4e-18 relative
@@ -102,7 +118,7 @@ class Math:
             c = choose(x > biggest, biggest, choose(x < smallest, smallest, x))
             p, shifted = reduced(c)
             n = shifted - magic
-            low = fma(n, half, magic)                       # 2**n in two halves, each a normal number
+            low = fma(n, half, magic)  # 2**n in two halves, each a normal number
             scaled = (p + one) * power_of_two(low) * power_of_two((n - (low - magic)) + magic)
             return scaled
 
@@ -145,9 +161,10 @@ class Math:
             y = log(u) + choose(u > huge, zero, (x - (u - one)) / u)
             return choose(u == one, x, choose(u == zero, acc(-np.inf), y))
 
-        # sin and cos in double, whatever the score is: r = x - n pi/2 in two steps
-        pio2_high, pio2_low = np.float64(1.5707963267948966), np.float64(6.123233995736766e-17)
-        two_over_pi, magic64 = np.float64(2 / math.pi), np.float64(1.5 * 2.0 ** 52)
+        # sin and cos in double, whatever the score is: r = x - n pi/2 in three steps, the first two exact also without a fused multiply-add
+        pio2_high = np.float64(int(math.pi / 2 * 2**32) / 2**32)
+        pio2_middle, pio2_low = np.float64(math.pi / 2) - pio2_high, np.float64(6.123233995736766e-17)
+        two_over_pi, magic64 = np.float64(2 / math.pi), np.float64(1.5 * 2.0**52)
         sin_terms = tuple(np.float64((-1.0) ** k / math.factorial(2 * k + 1)) for k in range(8, 0, -1))
         cos_terms = tuple(np.float64((-1.0) ** k / math.factorial(2 * k)) for k in range(8, 0, -1))
 
@@ -157,7 +174,7 @@ class Math:
             d = np.float64(x)
             shifted = d * two_over_pi + magic64
             n = shifted - magic64
-            r = fma(-n, pio2_low, fma(-n, pio2_high, d))
+            r = fma(-n, pio2_low, fma(-n, pio2_middle, fma(-n, pio2_high, d)))
             z = r * r
             s, c = sin_terms[0], cos_terms[0]
             for k in range(1, len(sin_terms)):
@@ -186,13 +203,23 @@ class Math:
         def sqrt(x):
             return math.sqrt(x)
 
-        self.exp, self.tanh, self.log, self.log1p, self.sin, self.cos, self.pow, self.sqrt = exp, tanh, log, log1p, sin, cos, power, sqrt
+        self.exp, self.tanh, self.log, self.log1p, self.sin, self.cos, self.pow, self.sqrt = (
+            exp,
+            tanh,
+            log,
+            log1p,
+            sin,
+            cos,
+            power,
+            sqrt,
+        )
 
 
 MATH = {elem: Math(elem) for elem in ("f32", "f64")}
 
 
 # ---------------------------------------------------------------- the score as a type
+
 
 class Score(types.Type):
     """A score inside a user's function: a float of the accumulation type; numbers that meet it are rounded to it."""
@@ -243,9 +270,20 @@ def _operator(op, count, result, emit):
 
 for _op, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _operator(_op, 2, None, lambda b, x, y, n=_name: getattr(b, n)(x, y))
-for _op, _inplace in ((operator.iadd, "fadd"), (operator.isub, "fsub"), (operator.imul, "fmul"), (operator.itruediv, "fdiv")):
+for _op, _inplace in (
+    (operator.iadd, "fadd"),
+    (operator.isub, "fsub"),
+    (operator.imul, "fmul"),
+    (operator.itruediv, "fdiv"),
+):
     _operator(_op, 2, None, lambda b, x, y, n=_inplace: getattr(b, n)(x, y))
-for _op, _symbol in ((operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">="), (operator.eq, "==")):
+for _op, _symbol in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+):
     _operator(_op, 2, types.boolean, lambda b, x, y, s=_symbol: b.fcmp_ordered(s, x, y))
 _operator(operator.ne, 2, types.boolean, lambda b, x, y: b.fcmp_unordered("!=", x, y))
 _operator(operator.neg, 1, None, lambda b, x: b.fneg(x))
@@ -269,6 +307,7 @@ def as_float(typingctx, x):
 
     def codegen(context, builder, sig, args):
         return args[0] if isinstance(x, Score) else context.cast(builder, args[0], x, to)
+
     return to(x), codegen
 
 
@@ -279,7 +318,9 @@ def _as_score(elem):
     def cast(typingctx, x):
         def codegen(context, builder, sig, args):
             return args[0]
+
         return s(s.float), codegen
+
     return cast
 
 
@@ -296,6 +337,7 @@ def _unary(fn, implementation):
 
 def _libm(fn):
     """Lane by lane, in the score's precision: right, but slow."""
+
     @inner
     def call(x):
         return fn(x)
@@ -304,6 +346,7 @@ def _libm(fn):
         if elem == "f64":
             return call
         return inner(lambda x: np.float32(call(x)))
+
     return of
 
 
@@ -339,6 +382,7 @@ def _where(condition, yes, no):
 
 # ---------------------------------------------------------------- compiling a user's function
 
+
 @intrinsic
 def _aux_arrays(typingctx, table, kinds):
     """The arrays that a table of (address, shape, strides) describes; kinds: a tuple type of their array types."""
@@ -353,9 +397,18 @@ def _aux_arrays(typingctx, table, kinds):
             data = builder.inttoptr(numbers[0], array.data.type)
             itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
             from numba.np.arrayobj import populate_array
-            populate_array(array, data=data, shape=numbers[1:1 + kind.ndim], strides=numbers[1 + kind.ndim:], itemsize=itemsize, meminfo=None)
+
+            populate_array(
+                array,
+                data=data,
+                shape=numbers[1 : 1 + kind.ndim],
+                strides=numbers[1 + kind.ndim :],
+                itemsize=itemsize,
+                meminfo=None,
+            )
             arrays.append(array._getvalue())
         return context.make_tuple(builder, kinds, arrays)
+
     return kinds(table, types.TypeRef(kinds)), codegen
 
 
@@ -386,7 +439,9 @@ def tile_function(fn: Callable[..., Any], kind: str, elem: str, aux: tuple[np.nd
 def _compile(fn, kind, elem, aux):
     call = inner(score.plain_function(fn))
     kinds = types.Tuple([array_type(a.dtype, a.ndim) for a in aux])
-    acc, pointer, cast = (np.float32, f32_ptr, AS_SCORE[elem]) if elem == "f32" else (np.float64, f64_ptr, AS_SCORE[elem])
+    acc, pointer, cast = (
+        (np.float32, f32_ptr, AS_SCORE[elem]) if elem == "f32" else (np.float64, f64_ptr, AS_SCORE[elem])
+    )
     log2e = acc(LOG2E)
 
     def score_tile(target, w, lanes, b, h, i, j, keys, table):
@@ -405,6 +460,8 @@ def _compile(fn, kind, elem, aux):
 
     name = f"{kind}_mod {getattr(score.plain_function(fn), '__name__', '?')}"
     try:
-        return compile_cfunc(score_tile if kind == "score" else mask_tile, types.void(*[types.intp] * 9), name, cached=False)
+        return compile_cfunc(
+            score_tile if kind == "score" else mask_tile, types.void(*[types.intp] * 9), name, cached=False
+        )
     except Exception as error:
         raise TypeError(f"{kind}_mod: the function could not be compiled: {error}") from error
