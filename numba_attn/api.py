@@ -9,7 +9,8 @@ import numpy as np
 
 from . import plan
 
-# Launches of plain calls (no mask, bias or function), by everything that decides them: a repeated shape costs a dictionary look-up.
+# Launches of plain calls (no mask, bias or function), by everything that decides them: a repeated shape costs a
+# dictionary look-up.
 _PLAIN: dict[Any, Any] = {}
 _MOST_PLAIN = 1024
 
@@ -42,20 +43,22 @@ def attention(
     Parameters
     ----------
     q, k, v : ndarray
-        (B, Hq, Sq, Dk), (B, Hkv, Sk, Dk), (B, Hkv, Sk, Dv) in layout "bhsd"; one dtype: float64, float32, float16 or ml_dtypes.bfloat16.
-        Any strides, read-only and memory-mapped arrays are read in place. Hq is a multiple of Hkv (grouped-query attention): query head
-        h reads key head h // (Hq // Hkv). Computed in float64 for float64, else accumulated in float32.
+        (B, Hq, Sq, Dk), (B, Hkv, Sk, Dk), (B, Hkv, Sk, Dv) in layout "bhsd"; one dtype: float64, float32, float16 or
+        ml_dtypes.bfloat16. Any strides, read-only and memory-mapped arrays are read in place. Hq is a multiple of Hkv
+        (grouped-query attention): query head h reads key head h // (Hq // Hkv). Computed in float64 for float64, else
+        accumulated in float32.
     causal : bool
         Key j is visible to query i iff j <= i + offset (see align).
     window : (left, right) or None
         Visible iff i + offset - left <= j <= i + offset + right, inclusive; None on a side leaves it open.
         Hugging Face's sliding_window=w is (w - 1, 0).
     align : "bottom_right", "top_left", int or (B,) ints
-        offset, the position of query 0 among the keys: Sk - Sq (a KV cache), 0, or the number itself. It may be left out only where both
-        names agree, Sq == Sk.
+        offset, the position of query 0 among the keys: Sk - Sq (a KV cache), 0, or the number itself. It may be left
+        out only where both names agree, Sq == Sk.
     mask : bool ndarray or Mask
-        True = attend, of shape (B, Hq, Sq, Sk) or broadcastable to it, never materialised; or a `Mask`: causal, window, lengths, varlen,
-        segments, prefix, intervals, mask_mod, combined with `&`. causal, window and mask intersect. Cost follows the visible pairs.
+        True = attend, of shape (B, Hq, Sq, Sk) or broadcastable to it, never materialised; or a `Mask`: causal, window,
+        lengths, varlen, segments, prefix, intervals, mask_mod, combined with `&`. causal, window and mask intersect.
+        Cost follows the visible pairs.
     bias : ndarray
         Added to the scaled score, shaped like mask, any of the float dtypes. -inf hides the pair.
     scale : float
@@ -67,8 +70,9 @@ def attention(
     sinks : (Hq,) float ndarray
         One more logit a head that joins the softmax denominator without a value.
     score_mod : function
-        fn(score, b, h, i, j, *aux) -> score, of scalars: a plain Python function, compiled once and run inside the kernel; it may hide a
-        pair by returning -inf. Indices are array indices. math.exp, tanh, ... and numba_attn.where are vectorised.
+        fn(score, b, h, i, j, *aux) -> score, of scalars: a plain Python function, compiled once and run inside the
+        kernel; it may hide a pair by returning -inf. Indices are array indices. math.exp, tanh, ... and
+        numba_attn.where are vectorised.
     aux : tuple of ndarray
         Arrays that score_mod reads.
     dropout_p, seed : float in [0, 1), int
@@ -78,7 +82,8 @@ def attention(
     out : ndarray
         Where to write the result: q's dtype, the result's shape, any strides. Returned itself.
     return_lse : bool
-        Also return lse, the log of the softmax denominator (sinks included), q's shape without the last axis; float64 for float64, else float32.
+        Also return lse, the log of the softmax denominator (sinks included), q's shape without the last axis; float64
+        for float64, else float32.
     backend : "auto" or "cpu"
 
     Returns
@@ -93,9 +98,9 @@ def attention(
 
     Notes
     -----
-    The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a NaN behind a mask changes
-    no bit. A row's bits do not depend on threads, batch, strides or other rows. Online softmax: Milakov and Gimelshein 2018; tiles: Dao et
-    al. 2022.
+    The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a
+    NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows. Online
+    softmax: Milakov and Gimelshein 2018; tiles: Dao et al. 2022.
 
     Examples
     --------
@@ -188,7 +193,8 @@ def attention(
 
 
 def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is no plain number."""
+    """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is
+    no plain number."""
     for x in settings:
         if type(x) is tuple:
             key = _exact((*key, len(x)), x) or ()
@@ -201,7 +207,8 @@ def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] |
     return key
 
 
-# The kernels are imported with the first call, not with the package: checking arguments and the reference need no Numba.
+# The kernels are imported with the first call, not with the package: checking arguments and the reference need no
+# Numba.
 
 
 def _prepare(problem: plan.Problem, want_lse: bool) -> Any:
@@ -223,7 +230,8 @@ def _jit_is_off() -> bool:
 
 
 def _dense(out: Any, lse: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
-    """NUMBA_DISABLE_JIT=1: vector kernels can't run as Python, so the dense float64 reference does the work, and says so."""
+    """NUMBA_DISABLE_JIT=1: vector kernels can't run as Python, so the dense float64 reference does the work, and says
+    so."""
     from . import reference
 
     warnings.warn(

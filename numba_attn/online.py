@@ -1,15 +1,17 @@
 """Online softmax, the few lines that every backend shares.
 
-A row that has seen some of its keys is the state (m, l, o): m the largest score, l = sum p, o = sum p v with p = 2**(s - m).
-Scores are in log2 units, so that 2**x, which is cheaper than e**x, is the only transcendental. More keys with largest score m'
-give, with M = max(m, m') and alpha = 2**(m - M),
+A row that has seen some of its keys is the state (m, l, o): m the largest score, l = sum p, o = sum p v with p = 2**(s
+- m). Scores are in log2 units, so that 2**x, which is cheaper than e**x, is the only transcendental. More keys with
+largest score m' give, with M = max(m, m') and alpha = 2**(m - M),
 
-    l <- l alpha + sum 2**(s - M)        o <- o alpha + sum 2**(s - M) v            (Milakov and Gimelshein 2018, Rabe and Staats 2021)
+    l <- l alpha + sum 2**(s - M)        o <- o alpha + sum 2**(s - M) v            (Milakov and Gimelshein 2018, Rabe
+    and Staats 2021)
 
 Both are two-level sums: a block's own sum is built from zero and meets the running one once.
 
-The functions are plain: they use operators and the names handed to `build`, which mean vectors on the CPU, scalars on a GPU and
-arrays in NumPy. A state starts at m = -inf, l = 0, o = 0, true -inf and no finite stand-in: `safe` keeps -inf - -inf from happening.
+The functions are plain: they use operators and the names handed to `build`, which mean vectors on the CPU, scalars on a
+GPU and arrays in NumPy. A state starts at m = -inf, l = 0, o = 0, true -inf and no finite stand-in: `safe` keeps -inf -
+-inf from happening.
 """
 
 from typing import NamedTuple
@@ -35,7 +37,8 @@ def build(compile_function, exp2, where, equal_minus_inf, zeros_like) -> Online:
 
     @compile_function
     def rescale(m_old, m_new):
-        """alpha, what the sums taken with m_old are worth under m_new >= m_old: exactly 1 where they are equal, 0 for an empty state."""
+        """alpha, what the sums taken with m_old are worth under m_new >= m_old: exactly 1 where they are equal, 0 for
+        an empty state."""
         return exp2(m_old - finite_or_zero(m_new))
 
     return Online(finite_or_zero, rescale)
@@ -48,7 +51,8 @@ numpy_online = build(lambda f: f, np.exp2, np.where, np.isneginf, np.zeros_like)
 def merge(out_a, lse_a, out_b, lse_b):
     """Attention over the union of two disjoint key sets, from (out, lse) of each.
 
-    out (..., D), lse (...) in natural units; a set with no visible key has lse -inf. Associative and commutative up to rounding.
+    out (..., D), lse (...) in natural units; a set with no visible key has lse -inf. Associative and commutative up to
+    rounding.
     """
     m = np.maximum(lse_a, lse_b)
     safe = np.where(np.isneginf(m), 0, m)

@@ -1,7 +1,7 @@
 """User functions in the score: what is accepted as score_mod and mask_mod, and how a function is recognised.
 
-A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *aux) -> bool: plain Python functions, or @njit ones,
-of scalars. This file needs no Numba; cpu/modifiers.py compiles them, reference.py calls them.
+A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *aux) -> bool: plain Python functions, or
+@njit ones, of scalars. This file needs no Numba; cpu/modifiers.py compiles them, reference.py calls them.
 """
 
 import inspect
@@ -27,8 +27,9 @@ class ScoreMod:
 def score_mod(fn: Callable[..., Any], grad: Callable[..., Any] | None = None) -> ScoreMod:
     """A score modifier for `attention(score_mod=...)`, optionally with its gradient.
 
-    fn(score, b, h, i, j, *aux) returns the modified score; grad, with the same arguments, returns d/dscore, or a tuple that begins with it
-    followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the bare function does the same.
+    fn(score, b, h, i, j, *aux) returns the modified score; grad, with the same arguments, returns d/dscore, or a tuple
+    that begins with it followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the bare
+    function does the same.
 
     >>> import numba_attn as na
     >>> capped = na.score_mod(lambda score, b, h, i, j: 30 * math.tanh(score / 30))
@@ -42,7 +43,8 @@ def score_mod(fn: Callable[..., Any], grad: Callable[..., Any] | None = None) ->
 def where(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, else `no`: a branch-free choice for score_mod functions.
 
-    In a compiled score_mod all three are scalars; called from Python it is numpy.where, or a plain choice for Python scalars.
+    In a compiled score_mod all three are scalars; called from Python it is numpy.where, or a plain choice for Python
+    scalars.
     """
     if isinstance(condition, np.ndarray) or isinstance(yes, np.ndarray) or isinstance(no, np.ndarray):
         return np.where(condition, yes, no)
@@ -56,7 +58,8 @@ def plain_function(fn: Any) -> Any:
 
 
 def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> None:
-    """Raise TypeError, naming the way out, unless fn is a function of n_leading scalars (and n_aux arrays) that can be compiled.
+    """Raise TypeError, naming the way out, unless fn is a function of n_leading scalars (and n_aux arrays) that can be
+    compiled.
 
     n_aux None leaves the number of arrays open.
     """
@@ -69,8 +72,9 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
     for kind, what, value in _captured(fn):
         if isinstance(value, np.ndarray):
             raise TypeError(
-                f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has now, and later "
-                f"changes would silently have no effect. Pass it through aux=({what},) and take it as a parameter behind the indices"
+                f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has "
+                f"now, and later changes would silently have no effect. Pass it through aux=({what},) and take it as a "
+                "parameter behind the indices"
             )
     leading = "score, b, h, i, j" if n_leading == 5 else "b, h, i, j"
     try:
@@ -85,7 +89,7 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
 def _captured(fn: types.FunctionType) -> list[tuple[str, str, Any]]:
     """What a function reads from outside its arguments: (kind, name, value)."""
     found = []
-    for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
+    for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         try:
             found.append(("closure", what, cell.cell_contents))
         except ValueError:  # not assigned yet
@@ -95,14 +99,15 @@ def _captured(fn: types.FunctionType) -> list[tuple[str, str, Any]]:
         one = code.pop()
         found += [("globals", n, fn.__globals__[n]) for n in one.co_names if n in fn.__globals__]
         code += [c for c in one.co_consts if isinstance(c, types.CodeType)]
-    found += [
-        ("defaults", what, value) for what, value in zip(fn.__code__.co_varnames[::-1], (fn.__defaults__ or ())[::-1])
-    ]
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    defaults = zip(names[::-1], (fn.__defaults__ or ())[::-1], strict=False)  # the last parameters have them
+    found += [("defaults", what, value) for what, value in (*defaults, *(fn.__kwdefaults__ or {}).items())]
     return found
 
 
 def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
-    """A hashable key that two functions share iff they compile to the same code: code, defaults and captured scalars, functions alike.
+    """A hashable key that two functions share iff they compile to the same code: code, defaults and captured scalars,
+    functions alike.
 
     So a lambda made anew in a loop compiles once, and one that captures another number compiles again.
     """

@@ -1,4 +1,5 @@
-"""Every intrinsic of the CPU kernels against its plain twin in NumPy, and the branch-free mathematics against double precision."""
+"""Every intrinsic of the CPU kernels against its plain twin in NumPy, and the branch-free mathematics against double
+precision."""
 
 import math
 
@@ -139,7 +140,8 @@ def test_comparisons_and_bytes(elem):
 
 
 def test_halves_exactly():
-    """All 65,536 halves to float, and floats to halves as NumPy and ml_dtypes round, by instruction or by integer arithmetic."""
+    """All 65,536 halves to float, and floats to halves as NumPy and ml_dtypes round, by instruction or by integer
+    arithmetic."""
 
     @njit
     def widen(h, f, b, n):

@@ -1,4 +1,5 @@
-"""The CPU backend: `launch.prepare` and `launch.run` are its two calls, `describe` says what it chose for this machine."""
+"""The CPU backend: `launch.prepare` and `launch.run` are its two calls, `describe` says what it chose for this
+machine."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """Compiling and caching the entry kernels.
 
-Numba's own disk cache keys a kernel by its bytecode: neither constants of other files nor the functions that it calls take part, so an
-edit elsewhere in the package would leave a stale kernel. Here the stamp is a fingerprint of every source file of the package, and the
-SIMD row is part of the file name. With no writable folder, kernels are compiled in every process and one warning says so.
+Numba's own disk cache keys a kernel by its bytecode: neither constants of other files nor the functions that it calls
+take part, so an edit elsewhere in the package would leave a stale kernel. Here the stamp is a fingerprint of every
+source file of the package, and the SIMD row is part of the file name. With no writable folder, kernels are compiled in
+every process and one warning says so.
 
-The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py fails when they change.
+The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py
+fails when they change.
 """
 
 import contextlib
@@ -31,7 +33,8 @@ from .simd import ROW
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the benchmarks print it.
+# What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the
+# benchmarks print it.
 LOG: list[tuple[str, float, str]] = []
 
 
@@ -46,7 +49,8 @@ def fingerprint() -> str:
 
 @cache
 def cache_folder() -> str | None:
-    """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache folder. None with a warning."""
+    """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache
+    folder. None with a warning."""
     named = [os.path.join(d, "numba_attn") for d in (os.environ.get("NUMBA_ATTN_CACHE_DIR"), config.CACHE_DIR) if d]
     for folder in named or [
         str(PACKAGE / "__pycache__"),
@@ -115,8 +119,9 @@ def _cache_for(py_func, name):
 
 # ---------------------------------------------------------------- inner functions
 #
-# Numba optimises every function that a kernel calls, writes machine code for it although only the kernel that it is inlined
-# into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR; the kernel's own pass optimises all.
+# Numba optimises every function that a kernel calls, writes machine code for it although only the kernel that it is
+# inlined into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR; the kernel's own pass
+# optimises all.
 
 
 class _InnerLibrary(JITCodeLibrary):

@@ -9,8 +9,8 @@
             O' = O' alpha + V' P'
         out, lse = O' / l, m + log l
 
-One source serves float32 (with float16 and bfloat16 storage) and float64: `build` makes the functions for one accumulation type.
-Everything that changes per call is a number in a CALL record, so a call never compiles anything.
+One source serves float32 (with float16 and bfloat16 storage) and float64: `build` makes the functions for one
+accumulation type. Everything that changes per call is a number in a CALL record, so a call never compiles anything.
 """
 
 import math
@@ -67,8 +67,9 @@ MAX_TILES = 8  # query tiles that share a pass over K and V
 def key_block(elem: str, head_dim: int) -> int:
     """Keys a block: a function of accumulation type and head size alone, since a row's bits depend on it.
 
-    Long blocks pay the fold of O' seldom; S', K and V of a block stay in the second-level cache. Share of FMA peak of the three inner loops
-    (Zen 4, D = 64): 64 keys 80 %, 128 keys 84, 192 keys 87, 256 keys 89; D = 128: 64 keys 89, 128 keys 95.
+    Long blocks pay the fold of O' seldom; S', K and V of a block stay in the second-level cache. Share of FMA peak of
+    the three inner loops (Zen 4, D = 64): 64 keys 80 %, 128 keys 84, 192 keys 87, 256 keys 89; D = 128: 64 keys 89, 128
+    keys 95.
     """
     keys = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
     return keys if elem == "f32" else keys // 2
@@ -116,7 +117,8 @@ def scratch_layout(
 ) -> dict[str, int]:
     """Byte offset of each buffer in a thread's scratch memory, and its size as "scratch".
 
-    Each starts on a 64-byte boundary: the largest single gain in speed (the QK loop reaches 92 % of peak with it, 80 without).
+    Each starts on a 64-byte boundary: the largest single gain in speed (the QK loop reaches 92 % of peak with it, 80
+    without).
     """
     w, size = tile_rows(elem), 4 if elem == "f32" else 8
     sizes = {
@@ -154,7 +156,8 @@ def _call_record(typingctx, address):
 
 
 def build(elem: str):
-    """drain(call_address): the worker for one accumulation type, "f32" or "f64", as plain Python functions under njit."""
+    """drain(call_address): the worker for one accumulation type, "f32" or "f64", as plain Python functions under
+    njit."""
     jit = inner
     L = ROW.lanes(elem)
     MR, NR = ROW.mr, ROW.nr
@@ -228,7 +231,8 @@ def build(elem: str):
 
         return score_rows, value_rows, visible_value_rows
 
-    # By width: a tile is 1 to 3 vectors of queries wide. (Rows of the SIMD table with another NR would need more cases here.)
+    # By width: a tile is 1 to 3 vectors of queries wide. (Rows of the SIMD table with another NR would need more cases
+    # here.)
     (score_1, value_1, visible_1), (score_2, value_2, visible_2), (score_3, value_3, visible_3) = (
         tile_products(MR, nr) for nr in (1, 2, 3)
     )
@@ -280,7 +284,8 @@ def build(elem: str):
 
     @jit
     def scores(k, ldk, q, s, w, first, last, n):
-        """S'[first:last] over n dimensions; first is a multiple of MR; the last tile reaches back over rows that are done."""
+        """S'[first:last] over n dimensions; first is a multiple of MR; the last tile reaches back over rows that are
+        done."""
         if last >= MR:
             for j in range(first, last, MR):
                 at = min(j, last - MR)
@@ -293,7 +298,8 @@ def build(elem: str):
     def values(v, ldv, p, visible, masked, o, alpha, w, first, last, n):
         """O' over keys first:last and n dimensions.
 
-        Hidden pairs have p = 0, which changes nothing where v is finite; masked is for a block of keys with a NaN or infinity in v.
+        Hidden pairs have p = 0, which changes nothing where v is finite; masked is for a block of keys with a NaN or
+        infinity in v.
         """
         v, p, visible, keys = v + first * ldv, p + first * w, visible + first * w, last - first
         if n < MR:
@@ -316,8 +322,8 @@ def build(elem: str):
     def online_softmax(s, w, first, last, m, l, alpha):
         """s: scores in, weights p out; m, l updated; alpha: what the old sums are worth now.
 
-        first and last are multiples of 4 (rows past the end hold -inf): which of the four partial sums a key goes to depends on its index
-        alone, so the bits of a row do not depend on the range that its tile needs.
+        first and last are multiples of 4 (rows past the end hold -inf): which of the four partial sums a key goes to
+        depends on its index alone, so the bits of a row do not depend on the range that its tile needs.
         """
         for c in range(0, w, L):
             a0 = load(s + (first * w + c), L)
@@ -497,7 +503,7 @@ def build(elem: str):
             a1 = a1 + (b1 - b1)
         bad = not_zero(a0 + a1)
         for x in range(whole, n):
-            bad = bad or not (p[x] - p[x] == ZERO)
+            bad = bad or p[x] - p[x] != ZERO
         return not bad
 
     @jit
@@ -539,7 +545,8 @@ def build(elem: str):
 
     @jit
     def mod_calls(fn, aux, target, b, heads, rows, w, count, key, keys):
-        """fn over the tile, one call a run of lanes that share a head: fn(target, w, lanes, b, h, i0, key, keys, aux)."""
+        """fn over the tile, one call a run of lanes that share a head: fn(target, w, lanes, b, h, i0, key, keys,
+        aux)."""
         r = 0
         while r < count:
             end = r + 1
@@ -596,7 +603,8 @@ def build(elem: str):
 
     @jit
     def locate(call, sequence, kv_head, index, info):
-        """Which queries tile `index` of a (sequence, key head) holds, and which keys they may see, counted from the sequence's start."""
+        """Which queries tile `index` of a (sequence, key head) holds, and which keys they may see, counted from the
+        sequence's start."""
         b, q_start, q_len, k_start, k_len = sequence[0], sequence[1], sequence[2], sequence[3], sequence[4]
         offset, prefix, group = sequence[5], sequence[6], call.group
         rows, heads, lo, hi = info + ROWS_AT, info + HEADS_AT, info + LO_AT, info + HI_AT
@@ -671,7 +679,8 @@ def build(elem: str):
 
     @jit
     def flush(w, n, o, m, l, o_sum, m_sum, l_sum):
-        """Third level: what a tile has summed so far moves to (o_sum, m_sum, l_sum); exact for a lane that has summed nothing since."""
+        """Third level: what a tile has summed so far moves to (o_sum, m_sum, l_sum); exact for a lane that has summed
+        nothing since."""
         for r in range(w):
             m_new = m[r]
             safe = ZERO if m_new == NEG_INF else m_new
@@ -691,7 +700,8 @@ def build(elem: str):
     def finish(call, b, info, table, rows_scratch, o, m, l):
         """out = O' / l, 0 for an empty row; lse = m + log l in natural units.
 
-        -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not depend on that.
+        -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not
+        depend on that.
         """
         w, count = info[WIDTH], info[COUNT]
         rows, heads = info + ROWS_AT, info + HEADS_AT
@@ -964,7 +974,8 @@ def build(elem: str):
             finish(call, b, info, table, rows_scratch, o, m, l)
 
     def drain(call_at):
-        """Take work items off the shared counter until none is left; items are independent, so bits do not depend on who takes which."""
+        """Take work items off the shared counter until none is left; items are independent, so bits do not depend on
+        who takes which."""
         call = _call_record(call_at)
         buffer = np.empty(call.scratch + 64, np.uint8)
         scratch = (buffer.ctypes.data + 63) & ~63

@@ -1,4 +1,5 @@
-"""A Problem -> one kernel call: fills the CALL record, chooses tiles and threads, allocates nothing the size of the inputs."""
+"""A Problem -> one kernel call: fills the CALL record, chooses tiles and threads, allocates nothing the size of the
+inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 N_FIELDS = CALL.itemsize // 8
 INDEX = {name: n for n, name in enumerate(CALL.names or ())}
 
-# Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking another.
+# Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking
+# another.
 SERIAL_FLOPS = 2e6
 
 
@@ -49,7 +51,8 @@ _Q, _K, _V, _OUT, _LSE, _QB, _KB, _VB, _OB, _LB, _COUNTER = _FIXED.values()
 
 
 def _entry(q, k, v, out, lse, template, call, drain):
-    """Copy the template, add addresses and strides, and run the worker here if drain is not 0; the address of the record."""
+    """Copy the template, add addresses and strides, and run the worker here if drain is not 0; the address of the
+    record."""
     for x in range(N_FIELDS):
         call[x] = template[x]
     call[_Q], call[_K], call[_V], call[_OUT] = q.ctypes.data, k.ctypes.data, v.ctypes.data, out.ctypes.data
@@ -86,7 +89,7 @@ def entry(storage: np.dtype[Any]):
 
 def _set_array(record, name: str, array: np.ndarray, axes: str) -> None:
     record[name] = array.ctypes.data
-    for axis, stride in zip(axes, array.strides):
+    for axis, stride in zip(axes, array.strides, strict=True):
         record[f"{name}_{axis}"] = stride
 
 
@@ -145,7 +148,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     if problem.start is not None:
         assert problem.end is not None
         record["start"], record["end"] = problem.start.ctypes.data, problem.end.ctypes.data
-        for axis, n, stride in zip("bhs", problem.start.shape, problem.start.strides):
+        for axis, n, stride in zip("bhs", problem.start.shape, problem.start.strides, strict=True):
             record[f"bounds_{axis}"] = stride if n > 1 else 0
         keep += [problem.start, problem.end]
     if problem.bias is not None:

@@ -1,11 +1,12 @@
 """User functions and transcendental functions on the CPU.
 
-Numba types `s * 0.5` with a float32 s as float64, and libm calls run lane by lane (tanh 0.13 G pairs/s where the products do 0.9). So the
-score is a type of ours in which Python numbers take the score's precision, and exp, log, log1p, tanh, sin, cos, sqrt and pow of it are the
-branch-free functions below, which LLVM turns into vector code as part of a loop over a row of the score tile.
+Numba types `s * 0.5` with a float32 s as float64, and libm calls run lane by lane (tanh 0.13 G pairs/s where the
+products do 0.9). So the score is a type of ours in which Python numbers take the score's precision, and exp, log,
+log1p, tanh, sin, cos, sqrt and pow of it are the branch-free functions below, which LLVM turns into vector code as part
+of a loop over a row of the score tile.
 
-A user's function is compiled alone, as that loop, and the kernel calls it through its address: a new function costs a tenth of a second,
-and no kernel is ever compiled for it.
+A user's function is compiled alone, as that loop, and the kernel calls it through its address: a new function costs a
+tenth of a second, and no kernel is ever compiled for it.
 """
 
 import math
@@ -161,7 +162,8 @@ class Math:
             y = log(u) + choose(u > huge, zero, (x - (u - one)) / u)
             return choose(u == one, x, choose(u == zero, acc(-np.inf), y))
 
-        # sin and cos in double, whatever the score is: r = x - n pi/2 in three steps, the first two exact also without a fused multiply-add
+        # sin and cos in double, whatever the score is: r = x - n pi/2 in three steps, the first two exact also without
+        # a fused multiply-add
         pio2_high = np.float64(int(math.pi / 2 * 2**32) / 2**32)
         pio2_middle, pio2_low = np.float64(math.pi / 2) - pio2_high, np.float64(6.123233995736766e-17)
         two_over_pi, magic64 = np.float64(2 / math.pi), np.float64(1.5 * 2.0**52)
@@ -426,8 +428,8 @@ _ADDRESSES: dict[Any, int] = {}
 def tile_function(fn: Callable[..., Any], kind: str, elem: str, aux: tuple[np.ndarray, ...]) -> int:
     """The address of fn as a loop over a tile; kind "score" or "mask".
 
-    C signature: (target, row stride, lanes, b, h, first i, first j, keys, aux table). A score function replaces target[j, lane] and ends in
-    log2 units; a mask function clears the bytes of the pairs that it hides.
+    C signature: (target, row stride, lanes, b, h, first i, first j, keys, aux table). A score function replaces
+    target[j, lane] and ends in log2 units; a mask function clears the bytes of the pairs that it hides.
     """
     key = (kind, elem, score.identity(fn), tuple((a.dtype, a.ndim) for a in aux))
     address = _ADDRESSES.get(key)

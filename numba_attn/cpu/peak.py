@@ -1,7 +1,7 @@
 """The fastest this CPU multiplies and adds: a register tile of FMAs with no memory behind it.
 
-Clock and neighbours move it by a fifth from one second to the next, so a fraction of it means something only with loop and kernel
-interleaved in one process (`numba-attn bench --peak`).
+Clock and neighbours move it by a fifth from one second to the next, so a fraction of it means something only with loop
+and kernel interleaved in one process (`numba-attn bench --peak`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _spread() -> Any:
 
 
 def fma_peak(dtype: Any = np.float32, seconds: float = 0.02, n_threads: int | None = None) -> float:
-    """Floating-point operations a second of a loop of fused multiply-adds on n_threads threads (all if None), float32 or float64."""
+    """Floating-point operations a second of a loop of fused multiply-adds on n_threads threads (all if None), float32
+    or float64."""
     elem = "f64" if np.dtype(dtype) == np.float64 else "f32"
     count = threads.numba.get_num_threads() if n_threads is None else n_threads
     size = 4 if elem == "f32" else 8

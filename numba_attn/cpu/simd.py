@@ -1,14 +1,16 @@
 """The vector vocabulary of the CPU kernels: pointers, short vectors and register tiles as Numba types.
 
-Numba has no vector type, and LLVM does not keep a matrix tile in registers when it is an array in a loop. So four types:
+Numba has no vector type, and LLVM does not keep a matrix tile in registers when it is an array in a loop. So four
+types:
 
     Ptr(elem)             a raw address with an element type; p + n moves by elements, p[i] reads and writes a scalar
-    Vec(elem, lanes)      one SIMD register (or the few that a narrower CPU needs); + - * / and comparisons work lane by lane
+    Vec(elem, lanes)      one SIMD register (or the few that a narrower CPU needs); + - * / and comparisons work lane by
+                          lane
     Bits(lanes)           the result of a comparison, one bit a lane
     Tile(elem, lanes, mr, nr)   mr x nr vectors: an LLVM array of vectors, which stays in registers
 
-and one primitive that carries every product: outer(), acc[i, :] += a[i] * b[:]. The lanes run over queries (DESIGN.md section 4),
-so a row of K or V is read as broadcasts and no reduction over lanes is ever needed.
+and one primitive that carries every product: outer(), acc[i, :] += a[i] * b[:]. The lanes run over queries (DESIGN.md
+section 4), so a row of K or V is read as broadcasts and no reduction over lanes is ever needed.
 
 No instruction carries a fast-math flag: an fma is written where one is meant, and NaN and -inf keep their meaning.
 """
@@ -405,7 +407,7 @@ def load_bits(typingctx, p, lanes):
     return Bits(n)(p, lanes), codegen
 
 
-# 2**f for |f| <= 1/2. Float32: minimax, 2e-9 relative before rounding. Float64: Chebyshev fit of degree 12, 2e-18.
+# 2**f for |f| <= 1/2. Float32: minimax, 2e-9 relative before rounding. Float64: Taylor to degree 13, 5e-18.
 EXP2_F32 = (
     1.535336188319500e-4,
     1.339887440266574e-3,
@@ -415,7 +417,7 @@ EXP2_F32 = (
     6.931472028550421e-1,
     1.0,
 )
-EXP2_F64 = tuple(math.log(2.0) ** k / math.factorial(k) for k in range(13, 0, -1)) + (1.0,)
+EXP2_F64 = (*(math.log(2.0) ** k / math.factorial(k) for k in range(13, 0, -1)), 1.0)
 
 
 def exp2_constants(elem):
@@ -642,7 +644,8 @@ def half_to_float(typingctx, x):
     def codegen(context, builder, sig, args):
         if ROW.f16c:
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), F32)
-        # integer arithmetic: shift the magnitude into place, rescale by 2**112 (this also normalises subnormals), patch inf and NaN
+        # integer arithmetic: shift the magnitude into place, rescale by 2**112 (this also normalises subnormals), patch
+        # inf and NaN
         bits = builder.zext(args[0], I32)
         c = lambda v: ir.Constant(I32, v)  # noqa: E731
         magnitude = builder.shl(builder.and_(bits, c(0x7FFF)), c(13))
@@ -721,7 +724,8 @@ def fetch_add(typingctx, p, n):
 def call_address(typingctx, address, *args):
     """Call a C function (integers and pointers in, nothing out) that lies at an address.
 
-    A user's function is compiled alone and reached so: a kernel that closed over it would be compiled anew for each function.
+    A user's function is compiled alone and reached so: a kernel that closed over it would be compiled anew for each
+    function.
     """
     arg_types = args[0] if len(args) == 1 and isinstance(args[0], types.BaseTuple) else types.Tuple(args)
 

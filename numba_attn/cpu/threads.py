@@ -1,7 +1,8 @@
 """Threads: which layer Numba gets, when a call may use it, and what a forked child may do.
 
-GNU OpenMP, Numba's usual layer, kills a child that was forked after a parallel call; workqueue aborts when two Python threads call at once.
-tbb is safe in both and as fast, but Numba does not find the tbb wheel's library unless it is loaded first.
+GNU OpenMP, Numba's usual layer, kills a child that was forked after a parallel call; workqueue aborts when two Python
+threads call at once. tbb is safe in both and as fast, but Numba does not find the tbb wheel's library unless it is
+loaded first.
 """
 
 import contextlib
