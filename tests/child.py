@@ -32,7 +32,7 @@ def run_python(
         else:
             full[name] = value
     done = subprocess.run(
-        [sys.executable, "-c", code, *args], env=full, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-P", "-c", code, *args], env=full, capture_output=True, text=True, timeout=timeout
     )
     if check and done.returncode:
         pytest.fail(

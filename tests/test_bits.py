@@ -291,3 +291,41 @@ def test_another_number_gives_other_bits() -> None:
     first = na.attention(*arrays, **options)
     arrays[1][0, 0, 5, 5] += 1
     assert na.attention(*arrays, **options).tobytes() != first.tobytes()
+
+
+def test_alignments_that_print_alike() -> None:
+    """An array of offsets prints without its middle: whatever a call is recognised by, it is not that."""
+    q, k, v = drawn("float32", (9, 1, 20, 8), (9, 1, 64, 8), (9, 1, 64, 8))
+    one, other = np.full(9, 30), np.full(9, 30)
+    other[4] = 7
+    with np.printoptions(threshold=2, edgeitems=1):
+        first, second = (both(q, k, v, causal=True, align=align) for align in (one, other))
+    assert (bits(first[0][4]) != bits(second[0][4])).any()
+    same(rows(first, np.s_[:4]), rows(second, np.s_[:4]))
+
+
+LIKE = [
+    (dict(scale=0.25), dict(scale=0.250001)),
+    (dict(scale=np.float32(0.1)), dict(scale=np.float32(0.1001))),
+    (dict(softcap=2.0), dict(softcap=2.5)),
+    (dict(causal=True, align=3), dict(causal=True, align=4)),
+    (dict(window=(3, 4), align=0), dict(window=(4, 3), align=0)),
+    (dict(dropout_p=0.5, seed=1), dict(dropout_p=0.5, seed=2)),
+    (dict(dropout_p=0.5, seed=1), dict(dropout_p=0.25, seed=1)),
+    ({}, dict(scale=0.0)),
+    ({}, dict(alibi_slopes=np.array([0.0, 0.1]), align=0)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), LIKE)
+def test_like_calls_are_told_apart(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """A plain call is recognised by its shapes and options: back and forth between two that differ in one number."""
+    q, k, v = drawn("float32", (1, 2, 33, 16), (1, 2, 64, 16), (1, 2, 64, 16))
+    wants = [na.reference.attention(q, k, v, **options) for options in (one, other)]
+    assert np.abs(wants[0] - wants[1]).max() > 0
+    results = [both(q, k, v, **options) for options in (one, other, one, other)]
+    same(results[0], results[2])
+    same(results[1], results[3])
+    assert (bits(results[0][0]) != bits(results[1][0])).any()
+    for got, want in zip(results, wants * 2, strict=True):
+        assert np.abs(got[0] - want).max() < 2e-6

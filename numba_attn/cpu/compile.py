@@ -13,6 +13,7 @@ import contextlib
 import gc
 import hashlib
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -93,17 +94,44 @@ class _Impl(caching.CompileResultCacheImpl):
         self._filename_base = self.get_filename_base("numba_attn." + name, getattr(sys, "abiflags", ""))
 
 
+class _File(caching.IndexDataCacheFile):
+    """Machine code with a digest in front: a file that a crash cut short must not be run."""
+
+    def _save_data(self, name, data):
+        data = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as f:
+            f.write(hashlib.sha256(data).digest() + data)
+
+    def _load_data(self, name):
+        data = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise ValueError("damaged")
+        return pickle.loads(data[32:])
+
+
 class _Cache(caching.Cache):
     def __init__(self, py_func, name: str, folder: str):
         self._name, self._py_func = name, py_func
         self._impl = _Impl(py_func, name, folder)
         self._cache_path = folder
-        self._cache_file = caching.IndexDataCacheFile(folder, self._impl.filename_base, fingerprint())
+        self._cache_file = _File(folder, self._impl.filename_base, fingerprint())
         self.enable()
 
     def _index_key(self, sig, codegen):
         """Signature and target: the sources, closures included, are in the stamp."""
         return sig, codegen.magic_tuple()
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever a damaged file makes pickle raise: compile anew, and write the files anew
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone by now
+            super().save_overload(sig, data)
 
 
 def _cache_for(py_func, name):

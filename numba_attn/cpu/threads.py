@@ -35,11 +35,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def load_tbb() -> bool:
-    """Load the tbb wheel's library so that Numba finds it, unless the user has chosen a layer by environment variable.
+    """Load the tbb wheel's library so that Numba finds it, unless the user has chosen another layer by environment
+    variable.
 
     It moves the user's own parallel functions to tbb too, if none has run yet (README, "Threads").
     """
-    if os.environ.get("NUMBA_THREADING_LAYER") or os.environ.get("NUMBA_THREADING_LAYER_PRIORITY"):
+    chosen = os.environ.get("NUMBA_THREADING_LAYER") or os.environ.get("NUMBA_THREADING_LAYER_PRIORITY")
+    if chosen and chosen != "tbb":
         return False
     try:
         files = importlib.metadata.files("tbb") or []
