@@ -110,7 +110,8 @@ def attention(
     >>> na.attention(q, k, v, causal=True).shape
     (2, 8, 128, 64)
     """
-    key = launch = None
+    key: Any = None
+    launch: Any = None
     if (
         mask is None
         and bias is None

@@ -14,7 +14,8 @@ GPU and arrays in NumPy. A state starts at m = -inf, l = 0, o = 0, true -inf and
 -inf from happening.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,8 @@ LN2 = 0.6931471805599453
 
 
 class Online(NamedTuple):
-    finite_or_zero: object
-    rescale: object
+    finite_or_zero: Callable[..., Any]
+    rescale: Callable[..., Any]
 
 
 def build(compile_function, exp2, where, equal_minus_inf, zeros_like) -> Online:

@@ -86,7 +86,7 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
         raise TypeError(f"{name}: the function must take ({leading}){given}: {error}") from None
 
 
-def _captured(fn: types.FunctionType) -> list[tuple[str, str, Any]]:
+def _captured(fn: Any) -> list[tuple[str, str, Any]]:
     """What a function reads from outside its arguments: (kind, name, value)."""
     found = []
     for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):

@@ -61,7 +61,8 @@ ITEMSIZE = {F32: 4, F64: 8, F16: 2, BF16: 2}
 
 OPEN = 2**62  # an absent window bound, as in plan.py
 FLUSH = 4096  # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
-MAX_TILES = 8  # query tiles that share a pass over K and V
+MAX_TILES = 4  # query tiles that share a pass over K and V; 8 are no faster, and leave a thread idle at the end
+MAX_TILES_COPY = 8  # where the pass also copies or converts K and V
 
 
 def key_block(elem: str, head_dim: int) -> int:
@@ -87,7 +88,7 @@ CALL = np.dtype(
     + _fields("v_", "b h s d")
     + _fields("out_", "b h s d")
     + _fields("lse_", "b h s")
-    + _fields("", "group kv_heads qk_dim v_dim block tiles sequences n_sequences first_item n_items counter")
+    + _fields("", "group kv_heads qk_dim v_dim block tiles fine sequences n_sequences first_item n_items counter")
     + _fields("", "left right has_prefix start end bounds_b bounds_h bounds_s")
     + _fields("", "bias bias_storage")
     + _fields("bias_", "b h i j")
@@ -113,7 +114,7 @@ TILE_INFO = 8  # counts in a tile's table, before row index, head, first and end
 
 
 def scratch_layout(
-    elem: str, tiles: int, qk_dim: int, v_dim: int, block: int, long: bool, bias: bool, copy: bool
+    elem: str, tiles: int, qk_dim: int, v_dim: int, block: int, long: bool, bias: bool
 ) -> dict[str, int]:
     """Byte offset of each buffer in a thread's scratch memory, and its size as "scratch".
 
@@ -134,8 +135,8 @@ def scratch_layout(
         "seen": block * w,
         "bias": block * w * size * bias,
         "rows": max(qk_dim, v_dim, block) * w * size,
-        "k": block * qk_dim * size * copy,
-        "v": block * v_dim * size * copy,
+        "k": block * qk_dim * size,
+        "v": block * v_dim * size,
     }
     layout, at = {}, 0
     for name, n in sizes.items():
@@ -996,12 +997,13 @@ def build(elem: str):
             q_len, group = sequence[2], call.group
             n_tiles = (group * q_len + W - 1) // W if q_len < W else group * ((q_len + W - 1) // W)
             local = item - first_item[low]
-            chunks = (n_tiles + call.tiles - 1) // call.tiles
-            chunk = (
-                chunks - 1 - local // call.kv_heads
-            )  # late queries first: with a causal mask they are the heavy ones
-            first_tile = chunk * call.tiles
-            attend(call, sequence, local % call.kv_heads, first_tile, min(call.tiles, n_tiles - first_tile), scratch)
+            # The first `fine` tiles are items of their own, then come items of call.tiles. Late queries are taken
+            # first, as with a causal mask they are the heavy ones, so that the last items to be taken are small ones.
+            fine = min(call.fine, n_tiles)
+            chunk = fine + (n_tiles - fine + call.tiles - 1) // call.tiles - 1 - local // call.kv_heads
+            first_tile = chunk if chunk < fine else fine + (chunk - fine) * call.tiles
+            count = 1 if chunk < fine else min(call.tiles, n_tiles - first_tile)
+            attend(call, sequence, local % call.kv_heads, first_tile, count, scratch)
         buffer[0] = 0  # must stay the last use: Numba frees an array after it, and addresses don't count
 
     return drain

@@ -13,7 +13,7 @@ from numba.core import types
 from ..online import LOG2E
 from . import threads
 from .compile import array_type, compile_cfunc, compile_entry
-from .forward import CALL, FLUSH, MAX_TILES, OPEN, STORAGE, build, key_block, scratch_layout, tile_rows
+from .forward import CALL, FLUSH, MAX_TILES, MAX_TILES_COPY, OPEN, STORAGE, build, key_block, scratch_layout, tile_rows
 from .modifiers import aux_table, tile_function
 from .simd import call_address
 
@@ -93,6 +93,11 @@ def _set_array(record, name: str, array: np.ndarray, axes: str) -> None:
         record[f"{name}_{axis}"] = stride
 
 
+def _rows_in_place(x: np.ndarray) -> bool:
+    """Whether the kernel reads a block of rows of x where it lies."""
+    return x.strides[3] == x.itemsize and x.strides[2] == x.itemsize * x.shape[3]
+
+
 def prepare(problem: Problem, want_lse: bool) -> Launch:
     """The record of a call, but for the arrays that `run` adds."""
     name = problem.dtype.name
@@ -110,8 +115,12 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     q_lens = sequences[:, 2]
     tiles = np.where(q_lens < rows, -(-group * q_lens // rows), group * -(-q_lens // rows))
     total = int(tiles.sum()) * kv_heads
-    share = min(MAX_TILES, max(1, total // (4 * threads.numba.config.NUMBA_NUM_THREADS)))
-    items = -(-tiles // share) * kv_heads
+    n_threads = threads.numba.config.NUMBA_NUM_THREADS
+    # Only a matter of speed: a launch is used again for arrays with other strides.
+    copies = name not in ("float32", "float64") or not (_rows_in_place(problem.k) and _rows_in_place(problem.v))
+    share = min(MAX_TILES_COPY if copies else MAX_TILES, max(1, total // (8 * n_threads)))
+    fine = -(-4 * n_threads // (kv_heads * max(1, len(sequences)))) if n_threads > 1 else 0
+    items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
     first_item = np.zeros(len(sequences) + 1, np.int64)
     np.cumsum(items, out=first_item[1:])
     keep.append(first_item)
@@ -124,10 +133,8 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     record["storage"] = STORAGE[name]
     record["lse"] = want_lse
     record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
-    record["block"], record["tiles"] = key_block(elem, qk), share
-    layout = scratch_layout(
-        elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None, True
-    )
+    record["block"], record["tiles"], record["fine"] = key_block(elem, qk), share, fine
+    layout = scratch_layout(elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None)
     for field_name, offset in layout.items():
         record[field_name] = offset
     record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
