@@ -401,6 +401,53 @@ def test_logits_of_any_size(factor: float, dtype: str) -> None:
         check((q, k[:, :, keys], v[:, :, keys]), {"scale": factor / 8} if dtype == "float16" else {})
 
 
+def check_every_half_number(dtype: str) -> None:
+    """All 65,536 bit patterns as values, each averaged with its neighbour: exact in float32, so out is the mean of the
+    two in float32, rounded once, ties to even, through subnormals and the largest numbers to infinity and NaN."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    v = np.stack([patterns.reshape(-1, 64), (patterns ^ 1).reshape(-1, 64)], axis=1)[None].view(DTYPES[dtype])
+    q = np.zeros((1, 1024, 1, 8), v.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = v.astype(np.float32).sum(axis=2, keepdims=True) * np.float32(0.5)
+        want = mean.astype(v.dtype).astype(np.float32)
+    # float32 itself overflows in the sum of the two largest bfloat16 numbers; their mean is not asked for
+    asked = np.isfinite(mean) | ~np.isfinite(v.astype(np.float32)).all(axis=2, keepdims=True)
+    assert asked.mean() > 0.99
+    k = np.zeros((1, 1024, 2, 8), v.dtype)
+    got = na.attention(q, k, v).astype(np.float32)
+    np.testing.assert_array_equal(np.where(asked, got, 0), np.where(asked, want, 0))
+    got = na.attention(q, k[:, :, :1], v[:, :, :1]).astype(np.float32)  # one key: the value itself
+    np.testing.assert_array_equal(got, v[:, :, :1].astype(np.float32))
+    # and as queries and keys: a product with 1 in one dimension is the number itself
+    # (scores are kept in log2 units, so those within log2(e) of float32's largest number overflow)
+    sane = np.where(np.abs(v[:, :, :1].astype(np.float32)) < 1e38, v[:, :, :1], 0)
+    sane = sane.reshape(1, -1, 1, 1)
+    one = np.ones(sane.shape, v.dtype)
+    for q, k in ((sane, one), (one, sane)):
+        _, lse = na.attention(q, k, one, scale=1.0, return_lse=True)
+        np.testing.assert_allclose(lse, sane[..., 0].astype(np.float32), rtol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_number(dtype: str) -> None:
+    check_every_half_number(dtype)
+
+
+def test_a_true_that_is_not_1() -> None:
+    """A bool array made by a view may hold any byte; NumPy takes all but 0 as True."""
+    arrays, _ = build(BY_NAME["plain-63x203"])
+    bytes_ = np.random.default_rng(0).integers(0, 4, (63, 203)).astype(np.uint8) * 64
+    mask = bytes_.view(bool)
+    want = na.attention(*arrays, mask=bytes_ > 0)
+    assert na.attention(*arrays, mask=mask).tobytes() == want.tobytes()
+    assert (
+        na.attention(*arrays, mask=na.window(9, 90, align=0) & mask).tobytes()
+        == na.attention(*arrays, mask=bytes_ > 0, window=(9, 90), align=0).tobytes()
+    )
+    row = (np.arange(203) % 3 * 100).astype(np.uint8)
+    assert na.attention(*arrays, mask=row.view(bool)).tobytes() == na.attention(*arrays, mask=row > 0).tobytes()
+
+
 # ---- problems that hypothesis draws ----
 
 SIZES = st.sampled_from(

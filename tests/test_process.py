@@ -226,10 +226,12 @@ def test_disabled_jit() -> None:
 SWEEP = """
 import sys
 from cases import SIMD_CASES, build
-from test_attention import check
+from test_attention import check, check_every_half_number
 from numba_attn.cpu.simd import ROW
 print(ROW.name, flush=True)
 failed = []
+for dtype in ("float16", "bfloat16"):
+    check_every_half_number(dtype)
 for case in SIMD_CASES[:: int((sys.argv + [1])[1])]:
     print("at", case.name, flush=True)
     try:

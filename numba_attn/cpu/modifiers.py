@@ -18,7 +18,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.imputils import lower_builtin, lower_cast
-from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -220,7 +219,7 @@ class Math:
 MATH = {elem: Math(elem) for elem in ("f32", "f64")}
 
 
-# ---------------------------------------------------------------- the score as a type
+# ---------------------------------------------------------------- the score and the indices as types
 
 
 class Score(types.Type):
@@ -231,11 +230,25 @@ class Score(types.Type):
         self.float = types.float32 if elem == "f32" else types.float64
         super().__init__(name=f"Score({elem})")
 
-    def can_convert_from(self, typingctx, other):
-        return Conversion.safe if isinstance(other, (types.Number, types.Boolean)) else None
+    def unify(self, typingctx, other):
+        return self if isinstance(other, (types.Number, types.Boolean, Index)) else None
+
+
+class Index(types.Type):
+    """An index inside a score_mod: an integer among integers; with a float, or under /, ** and math, it becomes a
+    Score.
+
+    A plain int64 would make `0.5 ** (h + 1) * abs(i - j)` a computation in float64, with a loop for the power.
+    """
+
+    def __init__(self, elem):
+        self.elem = elem
+        super().__init__(name=f"Index({elem})")
 
     def unify(self, typingctx, other):
-        return self if isinstance(other, (types.Number, types.Boolean)) else None
+        if isinstance(other, types.Integer):
+            return self
+        return Score(self.elem) if isinstance(other, (Score, types.Float)) else None
 
 
 @register_model(Score)
@@ -244,95 +257,212 @@ class _ScoreModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, F32 if fe_type.elem == "f32" else F64)
 
 
+@register_model(Index)
+class _IndexModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, I64)
+
+
 @lower_cast(types.Number, Score)
 @lower_cast(types.Boolean, Score)
-def _to_score(context, builder, fromty, toty, val):
+def _number_to_score(context, builder, fromty, toty, val):
     return context.cast(builder, val, fromty, toty.float)
 
 
-def _score_of(args, count):
-    """The Score type among count real arguments, or None."""
-    if len(args) != count or not all(isinstance(a, (Score, types.Integer, types.Float, types.Boolean)) for a in args):
+@lower_cast(Index, Score)
+def _index_to_score(context, builder, fromty, toty, val):
+    return builder.sitofp(val, F32 if toty.elem == "f32" else F64)
+
+
+@lower_cast(types.Integer, Index)
+@lower_cast(types.Boolean, Index)
+def _number_to_index(context, builder, fromty, toty, val):
+    return context.cast(builder, val, fromty, types.int64)
+
+
+@lower_cast(Index, types.Integer)
+def _index_to_number(context, builder, fromty, toty, val):
+    return context.cast(builder, val, types.int64, toty)
+
+
+def _common(args, count):
+    """The type that count real arguments meet in, Score or Index; None if neither is among them, or anything else."""
+    kinds = (Score, Index, types.Integer, types.Float, types.Boolean)
+    ours = next((a for a in args if isinstance(a, (Score, Index))), None)
+    if ours is None or len(args) != count or not all(isinstance(a, kinds) for a in args):
         return None
-    return next((a for a in args if isinstance(a, Score)), None)
+    whole = all(isinstance(a, (Index, types.Integer, types.Boolean)) for a in args)
+    return Index(ours.elem) if whole else Score(ours.elem)
 
 
-def _operator(op, count, result, emit):
+def _score_of(args, count):
+    """The Score type that count real arguments become, or None."""
+    common = _common(args, count)
+    return common and Score(common.elem)
+
+
+def _operator(op, count, of_scores, of_indices=None, result=None):
+    """op over Scores and Indices: code for both, or for Scores alone, which indices are turned into first."""
+
     @infer_global(op)
     class Typing(AbstractTemplate):
         def generic(self, args, kws):
-            s = _score_of(args, count)
-            if s is not None:
-                return signature(result or s, *[s] * count)
+            common = _common(args, count) if of_indices else _score_of(args, count)
+            if common is not None:
+                return signature(result or common, *[common] * count)
 
     @lower_builtin(op, *[Score] * count)
-    def lower(context, builder, sig, args):
-        return emit(builder, *args)
+    def lower_scores(context, builder, sig, args):
+        return of_scores(builder, *args)
+
+    if of_indices:
+
+        @lower_builtin(op, *[Index] * count)
+        def lower_indices(context, builder, sig, args):
+            return of_indices(builder, *args)
 
 
-for _op, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
-    _operator(_op, 2, None, lambda b, x, y, n=_name: getattr(b, n)(x, y))
-for _op, _inplace in (
-    (operator.iadd, "fadd"),
-    (operator.isub, "fsub"),
-    (operator.imul, "fmul"),
-    (operator.itruediv, "fdiv"),
-):
-    _operator(_op, 2, None, lambda b, x, y, n=_inplace: getattr(b, n)(x, y))
-for _op, _symbol in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
-):
-    _operator(_op, 2, types.boolean, lambda b, x, y, s=_symbol: b.fcmp_ordered(s, x, y))
-_operator(operator.ne, 2, types.boolean, lambda b, x, y: b.fcmp_unordered("!=", x, y))
-_operator(operator.neg, 1, None, lambda b, x: b.fneg(x))
-_operator(operator.pos, 1, None, lambda b, x: x)
+def _floor(builder, x):
+    name = f"llvm.floor.f{32 if x.type == F32 else 64}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type]), name), [x])
+
+
+def _floor_divide(builder, x, y):
+    """Python's //: towards minus infinity."""
+    q, r = builder.sdiv(x, y), builder.srem(x, y)
+    zero = ir.Constant(I64, 0)
+    wrong = builder.and_(
+        builder.icmp_signed("!=", r, zero),
+        builder.xor(builder.icmp_signed("<", r, zero), builder.icmp_signed("<", y, zero)),
+    )
+    return builder.select(wrong, builder.sub(q, ir.Constant(I64, 1)), q)
+
+
+def _modulo(builder, x, y):
+    return builder.sub(x, builder.mul(_floor_divide(builder, x, y), y))
 
 
 def _absolute(builder, x):
     return builder.select(builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0)), builder.fneg(x), x)
 
 
-_operator(abs, 1, None, _absolute)
-_operator(math.fabs, 1, None, _absolute)
-_operator(min, 2, None, lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x))
-_operator(max, 2, None, lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x))
+def _absolute_index(builder, x):
+    return builder.select(builder.icmp_signed("<", x, ir.Constant(I64, 0)), builder.neg(x), x)
+
+
+for _names, _score_name, _index_name in (
+    (("add", "iadd"), "fadd", "add"),
+    (("sub", "isub"), "fsub", "sub"),
+    (("mul", "imul"), "fmul", "mul"),
+    (("truediv", "itruediv"), "fdiv", None),
+):
+    for _name in _names:
+        _operator(
+            getattr(operator, _name),
+            2,
+            lambda b, x, y, n=_score_name: getattr(b, n)(x, y),
+            _index_name and (lambda b, x, y, n=_index_name: getattr(b, n)(x, y)),
+        )
+_operator(operator.floordiv, 2, lambda b, x, y: _floor(b, b.fdiv(x, y)), _floor_divide)
+_operator(operator.mod, 2, lambda b, x, y: b.fsub(x, b.fmul(y, _floor(b, b.fdiv(x, y)))), _modulo)
+for _op, _symbol in (
+    (operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">="), (operator.eq, "=="),
+):  # fmt: skip
+    _operator(
+        _op,
+        2,
+        lambda b, x, y, s=_symbol: b.fcmp_ordered(s, x, y),
+        lambda b, x, y, s=_symbol: b.icmp_signed(s, x, y),
+        result=types.boolean,
+    )
+_operator(
+    operator.ne,
+    2,
+    lambda b, x, y: b.fcmp_unordered("!=", x, y),
+    lambda b, x, y: b.icmp_signed("!=", x, y),
+    result=types.boolean,
+)
+_operator(operator.neg, 1, lambda b, x: b.fneg(x), lambda b, x: b.neg(x))
+_operator(operator.pos, 1, lambda b, x: x, lambda b, x: x)
+_operator(abs, 1, _absolute, _absolute_index)
+_operator(math.fabs, 1, _absolute)
+_operator(
+    min,
+    2,
+    lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x),
+    lambda b, x, y: b.select(b.icmp_signed("<", y, x), y, x),
+)
+_operator(
+    max,
+    2,
+    lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x),
+    lambda b, x, y: b.select(b.icmp_signed(">", y, x), y, x),
+)
+
+
+@infer_global(operator.getitem)
+class _ArrayAtIndex(AbstractTemplate):
+    """aux[i] and aux[h, i - j + n]: an Index is an integer to an array."""
+
+    def generic(self, args, kws):
+        array, at = args
+        if not isinstance(array, types.Array):
+            return None
+        one = isinstance(at, Index)
+        parts = (at,) if one else tuple(at) if isinstance(at, types.BaseTuple) else ()
+        if len(parts) != array.ndim or not any(isinstance(p, Index) for p in parts):
+            return None
+        if all(isinstance(p, (Index, types.Integer)) for p in parts):
+            return signature(array.dtype, array, types.intp if one else types.UniTuple(types.intp, array.ndim))
+        return None
+
+
+@overload(int)
+def _int_of_index(x):
+    if isinstance(x, Index):
+        return lambda x: _as_int64(x)
+
+
+@intrinsic
+def _as_int64(typingctx, x):
+    def codegen(context, builder, sig, args):
+        return args[0]
+
+    return types.int64(x), codegen
 
 
 @intrinsic
 def as_float(typingctx, x):
-    """A score, or any real number, as the float that carries it."""
-    to = x.float if isinstance(x, Score) else types.float64
+    """A score, an index or any real number as a float: of the score's type where there is one to tell it."""
+    to = x.float if isinstance(x, Score) else Score(x.elem).float if isinstance(x, Index) else types.float64
 
     def codegen(context, builder, sig, args):
-        return args[0] if isinstance(x, Score) else context.cast(builder, args[0], x, to)
+        if isinstance(x, Score):
+            return args[0]
+        return context.cast(builder, args[0], x, Score(x.elem) if isinstance(x, Index) else to)
 
     return to(x), codegen
 
 
-def _as_score(elem):
-    s = Score(elem)
-
+def _wrapped(kind, carrier):
     @intrinsic
     def cast(typingctx, x):
         def codegen(context, builder, sig, args):
             return args[0]
 
-        return s(s.float), codegen
+        return kind(carrier), codegen
 
     return cast
 
 
-AS_SCORE = {elem: _as_score(elem) for elem in ("f32", "f64")}
+AS_SCORE = {elem: _wrapped(Score(elem), Score(elem).float) for elem in ("f32", "f64")}
+AS_INDEX = {elem: _wrapped(Index(elem), types.int64) for elem in ("f32", "f64")}
 
 
 def _unary(fn, implementation):
     @overload(fn)
     def resolve(x):
-        if isinstance(x, Score):
+        if isinstance(x, (Score, Index)):
             f, cast = implementation(x.elem), AS_SCORE[x.elem]
             return lambda x: cast(f(as_float(x)))
 
@@ -441,6 +571,7 @@ def tile_function(fn: Callable[..., Any], kind: str, elem: str, aux: tuple[np.nd
 def _compile(fn, kind, elem, aux):
     call = inner(score.plain_function(fn))
     kinds = types.Tuple([array_type(a.dtype, a.ndim) for a in aux])
+    index = AS_INDEX[elem]
     acc, pointer, cast = (
         (np.float32, f32_ptr, AS_SCORE[elem]) if elem == "f32" else (np.float64, f64_ptr, AS_SCORE[elem])
     )
@@ -451,7 +582,8 @@ def _compile(fn, kind, elem, aux):
         for key in range(keys):
             row = pointer(target) + key * w
             for r in range(lanes):
-                row[r] = acc(as_float(call(cast(row[r]), b, h, i + r, j + key, *arrays))) * log2e
+                at_i, at_j = index(i + r), index(j + key)
+                row[r] = acc(as_float(call(cast(row[r]), index(b), index(h), at_i, at_j, *arrays))) * log2e
 
     def mask_tile(target, w, lanes, b, h, i, j, keys, table):
         arrays = _aux_arrays(i64_ptr(table), kinds)
