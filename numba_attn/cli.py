@@ -103,7 +103,7 @@ def info() -> dict[str, str]:
     import numba_attn.cpu
 
     call = _try_a_call()  # first, so that the thread layer and the kernels are known
-    lines = {"numba_attn": _version("numba-attn"), "python": f"{platform.python_version()} {sys.executable}"}
+    lines = {"numba_attn": numba_attn.__version__, "python": f"{platform.python_version()} {sys.executable}"}
     lines["platform"] = platform.platform()
     for name in ("numpy", "numba", "llvmlite", "tbb", "ml_dtypes"):
         lines[name] = _version(name)
