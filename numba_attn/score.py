@@ -5,7 +5,6 @@ A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *
 """
 
 import inspect
-import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ def score_mod(fn: Callable[..., Any], grad: Callable[..., Any] | None = None) ->
     that begins with it followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the bare
     function does the same.
 
-    >>> import numba_attn as na
+    >>> import math, numba_attn as na
     >>> capped = na.score_mod(lambda score, b, h, i, j: 30 * math.tanh(score / 30))
     """
     check_function(fn, "score_mod", 5, None)
@@ -69,7 +68,7 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
             f"{name}: got {type(fn).__name__}; accepted is a plain Python function or an @njit one "
             f"(wrap a callable object, a partial or a builtin in a def or lambda)"
         )
-    for kind, what, value in _captured(fn):
+    for kind, what, value in _captured(fn, deep=True):
         if isinstance(value, np.ndarray):
             raise TypeError(
                 f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has "
@@ -86,9 +85,10 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
         raise TypeError(f"{name}: the function must take ({leading}){given}: {error}") from None
 
 
-def _captured(fn: Any) -> list[tuple[str, str, Any]]:
-    """What a function reads from outside its arguments: (kind, name, value)."""
-    found = []
+def _captured(fn: Any, deep: bool = False) -> list[tuple[str, str, Any]]:
+    """What a function reads from outside its arguments: (kind, name, value); deep: also what functions it calls
+    read."""
+    found: list[tuple[str, str, Any]] = []
     for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         try:
             found.append(("closure", what, cell.cell_contents))
@@ -102,6 +102,15 @@ def _captured(fn: Any) -> list[tuple[str, str, Any]]:
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
     defaults = zip(names[::-1], (fn.__defaults__ or ())[::-1], strict=False)  # the last parameters have them
     found += [("defaults", what, value) for what, value in (*defaults, *(fn.__kwdefaults__ or {}).items())]
+    if deep:
+        seen, waiting = {fn, where}, [value for _, _, value in found]
+        while waiting:
+            called = plain_function(waiting.pop())
+            if isinstance(called, types.FunctionType) and called not in seen:
+                seen.add(called)
+                more = _captured(called)
+                found += more
+                waiting += [value for _, _, value in more]
     return found
 
 
@@ -115,16 +124,13 @@ def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
     parts: list[Any] = [fn.__code__]
     for kind, what, value in _captured(fn):
         if isinstance(value, _SCALARS):
-            value = (
-                type(value),
-                repr(value) if isinstance(value, (float, np.floating)) and math.isnan(value) else value,
-            )
+            value = (type(value), repr(value))  # 0.0 and -0.0 are equal, and NaN is not equal to itself
         elif (
             isinstance(plain_function(value), types.FunctionType)
             and value is not fn
             and plain_function(value) is not fn
         ):
-            value = identity(value) if plain_function(value).__module__ != "math" else value
+            value = identity(value)
         else:
             value = id(value)
         parts.append((kind, what, value))

@@ -88,7 +88,9 @@ CALL = np.dtype(
     + _fields("v_", "b h s d")
     + _fields("out_", "b h s d")
     + _fields("lse_", "b h s")
-    + _fields("", "group kv_heads qk_dim v_dim block tiles fine sequences n_sequences first_item n_items counter")
+    + _fields(
+        "", "group kv_heads qk_dim v_dim block tile_rows tiles fine sequences n_sequences first_item n_items counter"
+    )
     + _fields("", "left right has_prefix start end bounds_b bounds_h bounds_s")
     + _fields("", "bias bias_storage")
     + _fields("bias_", "b h i j")
@@ -609,9 +611,10 @@ def build(elem: str):
         b, q_start, q_len, k_start, k_len = sequence[0], sequence[1], sequence[2], sequence[3], sequence[4]
         offset, prefix, group = sequence[5], sequence[6], call.group
         rows, heads, lo, hi = info + ROWS_AT, info + HEADS_AT, info + LO_AT, info + HI_AT
-        if q_len < W:  # short: the queries of a group's heads lie side by side
-            first = index * W
-            count = min(W, group * q_len - first)
+        size = call.tile_rows
+        if q_len < size:  # short: the queries of a group's heads lie side by side
+            first = index * size
+            count = min(size, group * q_len - first)
             head, row = first // q_len, first % q_len
             for r in range(count):
                 heads[r], rows[r] = kv_head * group + head, row
@@ -619,8 +622,8 @@ def build(elem: str):
                 if row == q_len:
                     head, row = head + 1, 0
         else:  # a tile lies in one head; the heads of a group take turns
-            first = (index // group) * W
-            count = min(W, q_len - first)
+            first = (index // group) * size
+            count = min(size, q_len - first)
             for r in range(count):
                 heads[r] = kv_head * group + index % group
                 rows[r] = first + r
@@ -900,14 +903,15 @@ def build(elem: str):
         while j0 < high:
             keys = min(block, k_len - j0)
             key = k_start + j0
-            needed = False
+            low_row, high_row = keys, 0
             mixed = call.n_masks + call.n_segments + call.n_mask_mods + call.bias + call.score_mod != 0
             for t in range(n_tiles):
                 info = infos + t * INFO
                 first, last = key_range(info, j0, keys)
-                needed = needed or first < last
-                mixed = mixed or j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
-            if needed:
+                if first < last:
+                    low_row, high_row = min(low_row, first), max(high_row, last)
+                    mixed = mixed or j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
+            if low_row < high_row:
                 k_at = call.k + b * call.k_b + kv_head * call.k_h + key * call.k_s
                 v_at = call.v + b * call.v_b + kv_head * call.v_h + key * call.v_s
                 if copy_k:
@@ -916,8 +920,8 @@ def build(elem: str):
                     copy_block(v_at, call.v_s, call.v_d, call.storage, v_copy, keys, dv)
                 k = k_copy if copy_k else acc_ptr(k_at)
                 v = v_copy if copy_v else acc_ptr(v_at)
-                k_finite = all_finite(k, keys * qk)
-                v_finite = not mixed or all_finite(v, keys * dv)
+                k_finite = all_finite(k + low_row * qk, (high_row - low_row) * qk)
+                v_finite = not mixed or all_finite(v + low_row * dv, (high_row - low_row) * dv)
                 for t in range(n_tiles):
                     info = infos + t * INFO
                     first, last = key_range(info, j0, keys)
@@ -995,15 +999,18 @@ def build(elem: str):
                     high = middle
             sequence = i64_ptr(call.sequences) + SEQUENCE * low
             q_len, group = sequence[2], call.group
-            n_tiles = (group * q_len + W - 1) // W if q_len < W else group * ((q_len + W - 1) // W)
+            size = call.tile_rows
+            n_tiles = (group * q_len + size - 1) // size if q_len < size else group * ((q_len + size - 1) // size)
             local = item - first_item[low]
-            # The first `fine` tiles are items of their own, then come items of call.tiles. Late queries are taken
-            # first, as with a causal mask they are the heavy ones, so that the last items to be taken are small ones.
+            # Head after head, so that its keys and values stay in the second-level cache. Within a head the first
+            # `fine` tiles are items of their own, then come items of call.tiles; late queries are taken first, as with
+            # a causal mask they are the heavy ones: the last items to be taken are small.
             fine = min(call.fine, n_tiles)
-            chunk = fine + (n_tiles - fine + call.tiles - 1) // call.tiles - 1 - local // call.kv_heads
+            chunks = fine + (n_tiles - fine + call.tiles - 1) // call.tiles
+            kv_head, chunk = local // chunks, chunks - 1 - local % chunks
             first_tile = chunk if chunk < fine else fine + (chunk - fine) * call.tiles
             count = 1 if chunk < fine else min(call.tiles, n_tiles - first_tile)
-            attend(call, sequence, local % call.kv_heads, first_tile, count, scratch)
+            attend(call, sequence, kv_head, first_tile, count, scratch)
         buffer[0] = 0  # must stay the last use: Numba frees an array after it, and addresses don't count
 
     return drain

@@ -15,7 +15,7 @@ from . import threads
 from .compile import array_type, compile_cfunc, compile_entry
 from .forward import CALL, FLUSH, MAX_TILES, MAX_TILES_COPY, OPEN, STORAGE, build, key_block, scratch_layout, tile_rows
 from .modifiers import aux_table, tile_function
-from .simd import call_address
+from .simd import ROW, call_address
 
 if TYPE_CHECKING:
     from ..plan import Problem
@@ -98,6 +98,22 @@ def _rows_in_place(x: np.ndarray) -> bool:
     return x.strides[3] == x.itemsize and x.strides[2] == x.itemsize * x.shape[3]
 
 
+# Speed of a tile of 1, 2 or 3 vectors of queries, the widest being 1 (Zen 4, D = 64).
+WIDTH_SPEED = (0.88, 0.98, 1.0)
+
+
+def _tile_rows(elem: str, problem: Problem) -> int:
+    """Queries a tile. A tile of n queries computes window + n - 1 keys, rounded to eights, so a short window wants
+    narrow tiles; the bits of a row do not depend on it."""
+    widest = tile_rows(elem)
+    window = problem.left + problem.right + 1
+    if window >= problem.kv_len or ROW.nr != len(WIDTH_SPEED):
+        return widest
+    lanes = widest // ROW.nr
+    cost = [(window + n * lanes + 7) / speed for n, speed in enumerate(WIDTH_SPEED, 1)]
+    return lanes * (cost.index(min(cost)) + 1)
+
+
 def prepare(problem: Problem, want_lse: bool) -> Launch:
     """The record of a call, but for the arrays that `run` adds."""
     name = problem.dtype.name
@@ -110,7 +126,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     sequences = np.ascontiguousarray(sequences)
     keep: list[Any] = [sequences]
 
-    rows = tile_rows(elem)
+    rows = _tile_rows(elem, problem)
     group, kv_heads, qk, dv = problem.q_heads // problem.kv_heads, problem.kv_heads, problem.qk_dim, problem.v_dim
     q_lens = sequences[:, 2]
     tiles = np.where(q_lens < rows, -(-group * q_lens // rows), group * -(-q_lens // rows))
@@ -119,7 +135,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     # Only a matter of speed: a launch is used again for arrays with other strides.
     copies = name not in ("float32", "float64") or not (_rows_in_place(problem.k) and _rows_in_place(problem.v))
     share = min(MAX_TILES_COPY if copies else MAX_TILES, max(1, total // (8 * n_threads)))
-    fine = -(-4 * n_threads // (kv_heads * max(1, len(sequences)))) if n_threads > 1 else 0
+    fine = 2 * n_threads if n_threads > 1 else 0
     items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
     first_item = np.zeros(len(sequences) + 1, np.int64)
     np.cumsum(items, out=first_item[1:])
@@ -133,7 +149,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     record["storage"] = STORAGE[name]
     record["lse"] = want_lse
     record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
-    record["block"], record["tiles"], record["fine"] = key_block(elem, qk), share, fine
+    record["tile_rows"], record["block"], record["tiles"], record["fine"] = rows, key_block(elem, qk), share, fine
     layout = scratch_layout(elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None)
     for field_name, offset in layout.items():
         record[field_name] = offset

@@ -302,18 +302,20 @@ def _score_of(args, count):
 
 
 def _operator(op, count, of_scores, of_indices=None, result=None):
-    """op over Scores and Indices: code for both, or for Scores alone, which indices are turned into first."""
+    """op over Scores and Indices: code for either or both; indices become scores where there is none for them."""
 
     @infer_global(op)
     class Typing(AbstractTemplate):
         def generic(self, args, kws):
             common = _common(args, count) if of_indices else _score_of(args, count)
-            if common is not None:
+            if common is not None and (of_scores or isinstance(common, Index)):
                 return signature(result or common, *[common] * count)
 
-    @lower_builtin(op, *[Score] * count)
-    def lower_scores(context, builder, sig, args):
-        return of_scores(builder, *args)
+    if of_scores:
+
+        @lower_builtin(op, *[Score] * count)
+        def lower_scores(context, builder, sig, args):
+            return of_scores(builder, *args)
 
     if of_indices:
 
@@ -382,6 +384,20 @@ _operator(
     lambda b, x, y: b.icmp_signed("!=", x, y),
     result=types.boolean,
 )
+for _op, _name in (
+    (operator.and_, "and_"), (operator.or_, "or_"), (operator.xor, "xor"), (operator.lshift, "shl"),
+    (operator.rshift, "ashr"),
+):  # fmt: skip
+    _operator(_op, 2, None, lambda b, x, y, n=_name: getattr(b, n)(x, y))
+for _op, _nonzero in ((bool, True), (operator.truth, True), (operator.not_, False)):
+    _operator(
+        _op,
+        1,
+        lambda b, x, yes=_nonzero: (b.fcmp_unordered if yes else b.fcmp_ordered)("!=" if yes else "==", x, x.type(0.0)),
+        lambda b, x, yes=_nonzero: b.icmp_signed("!=" if yes else "==", x, x.type(0)),
+        result=types.boolean,
+    )
+_operator(operator.invert, 1, None, lambda b, x: b.not_(x))
 _operator(operator.neg, 1, lambda b, x: b.fneg(x), lambda b, x: b.neg(x))
 _operator(operator.pos, 1, lambda b, x: x, lambda b, x: x)
 _operator(abs, 1, _absolute, _absolute_index)
