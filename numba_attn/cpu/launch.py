@@ -13,7 +13,18 @@ from numba.core import types
 from ..online import LOG2E
 from . import threads
 from .compile import array_type, compile_cfunc, compile_entry
-from .forward import CALL, FLUSH, MAX_TILES, MAX_TILES_COPY, OPEN, STORAGE, build, key_block, scratch_layout, tile_rows
+from .forward import (
+    CALL,
+    FLUSH,
+    MAX_QUERIES,
+    MAX_QUERIES_COPY,
+    OPEN,
+    STORAGE,
+    build,
+    key_block,
+    scratch_layout,
+    tile_rows,
+)
 from .modifiers import aux_table, tile_function
 from .simd import ROW, call_address
 
@@ -134,7 +145,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     n_threads = threads.numba.config.NUMBA_NUM_THREADS
     # Only a matter of speed: a launch is used again for arrays with other strides.
     copies = name not in ("float32", "float64") or not (_rows_in_place(problem.k) and _rows_in_place(problem.v))
-    share = min(MAX_TILES_COPY if copies else MAX_TILES, max(1, total // (8 * n_threads)))
+    share = min((MAX_QUERIES_COPY if copies else MAX_QUERIES) // rows, max(1, total // (8 * n_threads)))
     fine = 2 * n_threads if n_threads > 1 else 0
     items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
     first_item = np.zeros(len(sequences) + 1, np.int64)

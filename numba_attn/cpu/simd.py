@@ -369,6 +369,30 @@ def maximum(typingctx, x, y):
 
 
 @intrinsic
+def multiply_add(typingctx, x, y, z):
+    """x * y + z, fused where the CPU can."""
+
+    def codegen(context, builder, sig, args):
+        return _multiply_add(builder, *args)
+
+    return x(x, y, z), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which may lie anywhere."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fn, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
 def any_bit(typingctx, bits):
     def codegen(context, builder, sig, args):
         whole = ir.IntType(bits.lanes)
