@@ -126,15 +126,18 @@ def attention(
         and dropout_p == 0.0
         and type(q) is type(k) is type(v) is np.ndarray
     ):
-        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout)
-        if causal is True or causal is False:
-            key += (causal, return_lse is True)
-        if not (
+        if (
             scale is softcap is window is align is None
-            and backend == "auto"
+            and (causal is True or causal is False)
             and (return_lse is True or return_lse is False)
+            and backend == "auto"
         ):
-            key = _exact(key, (causal, scale, softcap, window, align, return_lse, backend))
+            key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout, causal, return_lse)
+        else:
+            key = _exact(
+                (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout),
+                (causal, scale, softcap, window, align, return_lse, backend),
+            )
         try:
             launch = _PLAIN.get(key) if key is not None else None
         except TypeError:  # an unhashable layout: plan says what is wrong with it

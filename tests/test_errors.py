@@ -474,3 +474,11 @@ def test_settings_that_print_alike_are_told_apart():
     ):
         got, want = numba_attn.attention(q, k, k, **options), reference.attention(q, k, k, **options)
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_numpy_bools_are_told_apart():
+    """np.bool_ is a causal= that checks accept and the call cache must not mistake."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1, 9, 4))
+    for causal in (np.True_, np.False_, True, np.False_, np.True_):
+        got = numba_attn.attention(q, k, v, causal=causal)
+        np.testing.assert_allclose(got, numba_attn.reference.attention(q, k, v, causal=bool(causal)), atol=1e-13)

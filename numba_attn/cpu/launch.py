@@ -44,7 +44,9 @@ class Launch:
     """A call without its q, k, v, out and lse: reusable as long as nothing else of it is call data."""
 
     elem: str
-    storage: np.dtype[Any]  # the dtype that arrays enter the kernel with: halves as uint16
+    halves: bool  # float16 and bfloat16 enter the kernel as uint16
+    kernel: Any  # the entry kernel for the dtype
+    drain: int  # the address of the worker
     template: np.ndarray
     flops: float
     n_items: int
@@ -230,9 +232,18 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2**32)
         record["drop_scale"] = 1.0 / (1.0 - problem.dropout_p)
         record["seed"] = np.array(problem.seed, np.uint64).view(np.int64)
-    storage = problem.dtype if name in ("float32", "float64") else np.dtype(np.uint16)
-    fill = int(q_lens.sum()) < problem.batch * problem.q_len
-    return Launch(elem, storage, record_array.view(np.int64), 2.0 * pairs * (qk + dv), int(first_item[-1]), fill, keep)
+    halves = name not in ("float32", "float64")
+    return Launch(
+        elem=elem,
+        halves=halves,
+        kernel=entry(np.dtype(np.uint16) if halves else problem.dtype),
+        drain=drain_address(elem),
+        template=record_array.view(np.int64),
+        flops=2.0 * pairs * (qk + dv),
+        n_items=int(first_item[-1]),
+        fill=int(q_lens.sum()) < problem.batch * problem.q_len,
+        keep=keep,
+    )
 
 
 _NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float32), ("f64", np.float64))}
@@ -240,21 +251,16 @@ _NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float
 
 def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, lse: np.ndarray | None) -> None:
     """Run the forward kernel on (B, H, S, D) views; writes out, and lse if the launch was prepared for one."""
-    if launch.storage == np.uint16:
-        q, k, v, out_ = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
-    else:
-        out_ = out
     if launch.fill:
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
-    drain = drain_address(launch.elem)
+    if launch.halves:
+        q, k, v, out = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
+    if lse is None:
+        lse = _NO_LSE[launch.elem]
     call = np.empty(N_FIELDS + 1, np.int64)
-    n = 1
-    if launch.flops > SERIAL_FLOPS and launch.n_items > 1:
-        n = min(threads.usable(), launch.n_items)
-    at = entry(launch.storage)(
-        q, k, v, out_, _NO_LSE[launch.elem] if lse is None else lse, launch.template, call, drain if n == 1 else 0
-    )
-    if n > 1:
-        threads.run(at, drain, n)
+    if launch.flops <= SERIAL_FLOPS or launch.n_items < 2 or (n := min(threads.usable(), launch.n_items)) == 1:
+        launch.kernel(q, k, v, out, lse, launch.template, call, launch.drain)
+    else:
+        threads.run(launch.kernel(q, k, v, out, lse, launch.template, call, 0), launch.drain, n)
