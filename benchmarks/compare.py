@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numba
 
+import numba_attn
 from numba_attn import bench, cpu
 from numba_attn.terminal import Progress, seconds_text
 
@@ -44,7 +45,8 @@ def table(names: list[str], results: list[bench.Result], setting: str) -> str:
 def setting(libraries: list[str], threads: int, rounds: int) -> str:
     """One sentence on what was timed with what."""
     packages = sorted({PACKAGES[name] for name in libraries})
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    own = {"numba-attn": numba_attn.__version__}  # a checkout on the path need not be installed
+    versions = ", ".join(f"{p} {own.get(p) or importlib.metadata.version(p)}" for p in packages)
     return (
         f"{threads} threads, {cpu.describe()['isa']}; medians of {rounds} rounds in turns, a process each: {versions}. "
         "`python -m benchmarks.compare` (the shapes in numbers: benchmarks/shapes.py)."

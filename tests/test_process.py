@@ -403,3 +403,22 @@ assert len({lines[2] for lines in outputs}) == 1
         env={"NUMBA_ATTN_CACHE_DIR": str(tmp_path)},
     )
     assert one_call("--right", NUMBA_ATTN_CACHE_DIR=tmp_path)[0] == "loaded"
+
+
+def test_kernels_compiled_in_two_processes_load_into_one(tmp_path: Path) -> None:
+    """Numba's symbol names are unique in one process only: float64's kernel once called float32's inner functions."""
+    code = """
+import sys
+import numpy as np
+import numba_attn as na
+for dtype in sys.argv[1:]:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 100, 16)).astype(dtype)
+    assert np.abs(na.attention(q, k, v) - na.reference.attention(q, k, v)).max() < 1e-5
+from numba_attn.cpu.compile import LOG
+print({how for _, _, how in LOG})
+"""
+    env = {"NUMBA_ATTN_CACHE_DIR": str(tmp_path)}
+    assert "compiled" in run_python(code, "float32", env=env).stdout
+    assert "compiled" in run_python(code, "float64", env=env).stdout
+    assert run_python(code, "float32", "float64", env=env).stdout.strip() == "{'loaded'}"
+    assert run_python(code, "float64", "float32", env=env).stdout.strip() == "{'loaded'}"

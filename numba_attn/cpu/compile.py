@@ -12,8 +12,10 @@ fails when they change.
 import contextlib
 import gc
 import hashlib
+import itertools
 import os
 import pickle
+import re
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numba
 from numba import njit
 from numba.core import caching, config, types
@@ -96,6 +99,15 @@ class _Impl(caching.CompileResultCacheImpl):
 
 class _File(caching.IndexDataCacheFile):
     """Machine code with a digest in front: a file that a crash cut short must not be run."""
+
+    def save(self, key, data):
+        super().save(key, (repr(key), self._source_stamp, data))
+
+    def load(self, key):
+        """Only what this very key and these very sources wrote: index and data are two files, which two processes may
+        write in turns."""
+        found = super().load(key)
+        return found[2] if found is not None and found[:2] == (repr(key), self._source_stamp) else None
 
     def _save_data(self, name, data):
         data = self._dump(data)
@@ -178,6 +190,17 @@ class _InnerLibrary(JITCodeLibrary):
 inner = njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
+class _KernelLibrary(JITCodeLibrary):
+    """A kernel's own library. What it is made of is private to it: the names of inner functions are unique in one
+    process only, and two kernels out of the cache, compiled in two processes, would take each other's."""
+
+    def _optimize_final_module(self):
+        for fn in self._final_module.functions:
+            if not fn.is_declaration and fn.linkage == llvm.Linkage.linkonce_odr:
+                fn.linkage = llvm.Linkage.internal
+        super()._optimize_final_module()
+
+
 @contextlib.contextmanager
 def _inner_libraries(kernel: str):
     """While the kernel of this qualified name is compiled, every library but its own is an inner one."""
@@ -185,7 +208,7 @@ def _inner_libraries(kernel: str):
     own = type(codegen)._library_class
 
     def library_class(codegen, name):
-        return (own if name == kernel else _InnerLibrary)(codegen, name)
+        return (_KernelLibrary if name == kernel else _InnerLibrary)(codegen, name)
 
     library_class._unserialize = own._unserialize
 
@@ -214,6 +237,9 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     """The address of py_func as a C function; compiled, or loaded from the cache."""
     start = time.perf_counter()
     args, ret = signature.args, signature.return_type
+    # The symbol that the address is looked up by: no other kernel's, of this version or another, may be the same.
+    unique = f"{fingerprint()[:16]}_{ROW.name}" if cached else str(next(_COUNTER))
+    py_func.__name__ = py_func.__qualname__ = re.sub(r"\W", "_", f"{name}_{unique}")
     c = CFunc(py_func, (args, ret), locals={}, options={"nopython": True, "error_model": "numpy"})
     if cached:
         c._cache = _cache_for(py_func, name)
@@ -224,6 +250,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     return c.address
 
 
+_COUNTER = itertools.count()
 _KEEP: list[CFunc] = []  # a C function dies with its object
 
 
