@@ -159,9 +159,9 @@ def _cache_for(py_func, name):
 
 # ---------------------------------------------------------------- inner functions
 #
-# Numba optimises every function that a kernel calls, writes machine code for it although only the kernel that it is
-# inlined into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR; the kernel's own pass
-# optimises all.
+# Numba optimises every function that a kernel calls and writes machine code for it, although only the kernel that it is
+# inlined into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR, and the kernel's own
+# pass optimises all.
 
 
 class _InnerLibrary(JITCodeLibrary):
@@ -213,9 +213,8 @@ def _inner_libraries(kernel: str):
     library_class._unserialize = own._unserialize
 
     def set_env(name, env):
-        if codegen._engine.get_global_value_address(
-            name
-        ):  # 0: the function is in no engine, and nothing of ours reads its environment
+        # Without an address the function is in no engine, and nothing of ours reads its environment.
+        if codegen._engine.get_global_value_address(name):
             type(codegen).set_env(codegen, name, env)
 
     with global_compiler_lock:
