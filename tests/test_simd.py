@@ -17,15 +17,6 @@ ELEMS = {"f32": (np.float32, f32_ptr), "f64": (np.float64, f64_ptr)}
 either = pytest.mark.parametrize("elem", ["f32", "f64"])
 
 
-def pointer_jit(elem, fn):
-    return njit(error_model="numpy")(fn)
-
-
-def ulp_error(x, exact, dtype):
-    """|x - exact| in units in the last place of exact."""
-    return np.abs(x.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(dtype)).astype(np.float64)
-
-
 @either
 def test_exp2(elem):
     dtype, ptr = ELEMS[elem]

@@ -59,7 +59,6 @@ from .simd import (
 # Storage codes of q, k, v, out and bias.
 F32, F64, F16, BF16 = 0, 1, 2, 3
 STORAGE = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": BF16}
-ITEMSIZE = {F32: 4, F64: 8, F16: 2, BF16: 2}
 
 OPEN = 2**62  # an absent window bound, as in plan.py
 FLUSH = 4096  # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
