@@ -24,11 +24,18 @@ class Time:
 
     def setup(self, shape):
         case = SHAPES[shape]
-        self.arrays, self.options = case.inputs(), case.options
+        self.arrays, self.options, self.dout = case.inputs(), case.options, case.cotangent()
+        self.call = self.forward_and_backward if case.backward else self.forward
+        self.call()
+
+    def forward(self):
         na.attention(*self.arrays, **self.options)
 
+    def forward_and_backward(self):
+        na.attention_vjp(*self.arrays, **self.options)[1](self.dout)
+
     def time_attention(self, shape):
-        na.attention(*self.arrays, **self.options)
+        self.call()
 
 
 class Overhead:
@@ -67,11 +74,38 @@ class Memory:
         na.attention(*self.arrays, causal=True, out=self.out)
 
 
+class TrainingMemory:
+    """Forward and backward of one head of 32,768 tokens, causal, beside a process that holds inputs and gradients."""
+
+    def setup(self):
+        rng = np.random.default_rng(0)
+        self.arrays = [rng.standard_normal((1, 1, 32_768, 64), dtype=np.float32) for _ in range(4)]
+        self.gradients = [np.ones_like(x) for x in self.arrays[:3]]
+        *small, dout = (x[:, :, :256] for x in self.arrays)
+        na.attention_vjp(*small, causal=True)[1](dout)
+
+    def peakmem_reference(self):
+        return sum(float(x[0, 0, 0, 0]) for x in [*self.arrays, *self.gradients])
+
+    def peakmem_32768_causal(self):
+        self.gradients.clear()  # the call makes its own
+        *inputs, dout = self.arrays
+        return na.attention_vjp(*inputs, causal=True)[1](dout)
+
+
 ONE_CALL = """
 import numpy, numba_attn
 x = numpy.ones((1, 1, 16, 64), dtype=numpy.float32)
 numba_attn.attention(x, x, x)
 """
+
+
+ONE_GRADIENT = (
+    ONE_CALL
+    + """
+numba_attn.attention_vjp(x, x, x)[1](x)
+"""
+)
 
 
 class Start:
@@ -83,7 +117,7 @@ class Start:
     def setup(self):
         self.folder = tempfile.TemporaryDirectory()
         self.cold = {**os.environ, "NUMBA_CACHE_DIR": self.folder.name}
-        self.run(ONE_CALL)
+        self.run(ONE_GRADIENT)
 
     def teardown(self):
         self.folder.cleanup()
@@ -97,7 +131,13 @@ class Start:
     def time_first_call_warm(self):
         self.run(ONE_CALL)
 
+    def time_first_gradient_warm(self):
+        self.run(ONE_GRADIENT)
+
     def time_first_call_cold(self):
         self.run(ONE_CALL, self.cold)
 
-    time_first_call_cold.repeat = 1
+    def time_first_gradient_cold(self):
+        self.run(ONE_GRADIENT, self.cold)
+
+    time_first_call_cold.repeat = time_first_gradient_cold.repeat = 1

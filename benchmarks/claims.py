@@ -142,6 +142,55 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+_FIRST_GRADIENT = """
+import time
+start = time.perf_counter()
+import numpy as np
+import numba_attn as na
+q = np.ones((1, 8, 512, 64), np.float32)
+na.attention(q, q, q, causal=True)
+forward = time.perf_counter() - start
+na.attention_vjp(q, q, q, causal=True)[1](q)
+gradient = time.perf_counter() - start - forward
+na.attention_jvp(q, q, q, q, q, q, causal=True)
+tangent = time.perf_counter() - start - forward - gradient
+from numba_attn.cpu.compile import LOG
+print(f"forward {forward:.2f} s, then gradients {gradient:.2f}, then a tangent {tangent:.2f}:",
+      ", ".join(f"{name} {how} in {s:.2f}" for name, s, how in LOG))
+"""
+
+
+def start_gradient() -> None:
+    """The first forward, backward and tangent of a fresh process: with an empty cache, then with a warm one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for what in ("first ever", "warm cache"):
+            env = {**os.environ, "NUMBA_ATTN_CACHE_DIR": folder}
+            done = subprocess.run([sys.executable, "-c", _FIRST_GRADIENT], env=env, capture_output=True, text=True)
+            print(f"  {what}: {done.stdout.strip() or done.stderr[-2000:]}")
+
+
+_TRAINING_MEMORY = """
+import resource
+import numpy as np
+import numba_attn as na
+rng = np.random.default_rng(0)
+small = rng.standard_normal((1, 1, 512, 64), dtype=np.float32)
+na.attention_vjp(small, small, small, causal=True)[1](small)
+q, k, v, dout = (rng.standard_normal((1, 1, 32768, 64), dtype=np.float32) for _ in range(4))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+out, pullback = na.attention_vjp(q, k, v, causal=True)
+grads = pullback(dout)
+print(peak() - before - 3 * q.nbytes / 2**20)
+"""
+
+
+def training_memory() -> None:
+    """Peak growth of forward and backward beyond inputs and gradients: one head, 32,768 tokens, size 64, causal."""
+    done = subprocess.run([sys.executable, "-c", _TRAINING_MEMORY], capture_output=True, text=True, check=True)
+    print(f"  {float(done.stdout):.1f} MB")
+
+
 def memory() -> None:
     """Peak growth beyond inputs and output: one head, 65,536 tokens, head size 64, causal."""
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
@@ -173,7 +222,7 @@ def cpus() -> None:
         print(done.stdout.rstrip())
 
 
-CLAIMS = {f.__name__: f for f in (score_mod, threads, overhead, start, memory, cpus)}
+CLAIMS = {f.__name__: f for f in (score_mod, threads, overhead, start, start_gradient, memory, training_memory, cpus)}
 
 
 def main() -> None:

@@ -18,4 +18,11 @@ SHAPES = {
     "tiny 16 x 16": Case(8, 8, 16, 16, 64, causal=True),  # what a call costs before any work
     "one head 8k": Case(1, 1, 8192, 8192, 64),  # one head, a long sequence
     "float64 2k": Case(8, 8, 2048, 2048, 64, dtype="float64"),  # simulation, gradient checks
+    # Forward and backward: what a training step costs.
+    "train full 1k": Case(8, 8, 1024, 1024, 64, backward=True),
+    "train causal 2k": Case(8, 8, 2048, 2048, 64, causal=True, backward=True),
+    "train head size 128": Case(8, 8, 1024, 1024, 128, backward=True),
+    "train grouped heads 16/4": Case(16, 4, 1024, 1024, 64, causal=True, backward=True),
+    "train window 256 of 4k": Case(8, 8, 4096, 4096, 64, causal=True, window=256, backward=True),
+    "train float64 1k": Case(8, 8, 1024, 1024, 64, dtype="float64", backward=True),
 }

@@ -8,6 +8,17 @@ from typing import Any
 import numpy as np
 
 from . import plan
+from .arrays import Array
+from .gradients import (
+    Gradients,
+    check_aux_grad,
+    check_aux_tangents,
+    check_cotangents,
+    check_results,
+    check_tangent,
+    sink_gradient,
+)
+from .mask import Shape, over_pairs
 
 # Launches of plain calls (no mask, bias or function), by everything that decides them: a repeated shape costs a
 # dictionary look-up.
@@ -156,8 +167,7 @@ def attention(
             )
         return (result, lse) if return_lse else result
 
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"backend is {backend!r}; it takes 'auto' or 'cpu' (CUDA kernels are not in this release)")
+    _check_backend(backend)
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     options = dict(
@@ -194,6 +204,359 @@ def attention(
             _PLAIN[key] = launch
         _run(launch, problem.q, problem.k, problem.v, view, lse_view)
     return (result, lse) if return_lse else result
+
+
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: Any = None,
+    align: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    aux: Any = (),
+    aux_grad: tuple[int, ...] = (),
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bhsd",
+    out: Any = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[Any, Pullback]:
+    """Attention and its pullback: the gradients of whatever is computed from out, in O(S) memory.
+
+    Parameters
+    ----------
+    q, k, v, causal, ..., backend
+        As in `attention`.
+    aux_grad : tuple of int
+        Positions in aux of the arrays that get a gradient, (0,) for the first; arrays of floats only.
+
+    Returns
+    -------
+    out : ndarray, or (out, lse)
+        As `attention` returns them.
+    pullback : Pullback
+        pullback(dout, dlse=None) -> Gradients. dout has out's shape and dtype, dlse lse's shape. It may be called again
+        and again; it keeps references to the arguments, which must not have changed by then, and copies of out and lse.
+
+    Notes
+    -----
+    Gradients(dq, dk, dv, dbias, dsinks, dalibi_slopes, daux) have their argument's shape and dtype; None for what was
+    not given. score_mod is differentiated by dual numbers, or by its own gradient: see `score_mod`. Of a hidden pair
+    nothing is read, and the same call gives the same bits for any number of threads. The formulas are derived in
+    `reference.attention_backward`; tiles recompute the weights from lse (Dao et al. 2022).
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attn as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, target = (rng.standard_normal((1, 2, 16, 8)) for _ in range(4))
+    >>> out, pullback = na.attention_vjp(q, k, v, causal=True)
+    >>> grads = pullback(out - target)  # of 0.5 * ((out - target) ** 2).sum()
+    >>> grads.dq.shape
+    (1, 2, 16, 8)
+    """
+    options = dict(
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        aux=aux,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+    )
+    problem = plan.resolve(q, k, v, **options)
+    check_aux_grad(aux_grad, problem.aux)
+    result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
+    pullback = Pullback(problem, (q, k, v), options, result.copy(), lse.copy(), tuple(aux_grad))
+    return ((result, lse) if return_lse else result), pullback
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    window: Any = None,
+    align: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    aux: Any = (),
+    aux_grad: tuple[int, ...] = (),
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bhsd",
+    backend: str = "auto",
+) -> Gradients:
+    """The gradients of `attention`, from its results: `attention_vjp` without a closure.
+
+    Parameters
+    ----------
+    dout : ndarray
+        The gradient with respect to out: its shape and dtype.
+    q, k, v, causal, ..., backend
+        As `attention` was called with.
+    out, lse : ndarray
+        What it returned with return_lse=True.
+    dlse : ndarray
+        The gradient with respect to lse, of its shape; 0 if left out.
+    aux_grad : tuple of int
+        Positions in aux of the arrays that get a gradient.
+
+    Returns
+    -------
+    Gradients
+        See `attention_vjp`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what is accepted.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attn as na
+    >>> q, k, v, dout = (np.random.default_rng(n).standard_normal((1, 2, 16, 8)) for n in range(4))
+    >>> out, lse = na.attention(q, k, v, return_lse=True)
+    >>> na.attention_backward(dout, q, k, v, out, lse).dv.shape
+    (1, 2, 16, 8)
+    """
+    _check_backend(backend)
+    options = dict(
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        aux=aux,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+    )
+    problem = plan.resolve(q, k, v, **options)
+    asked = check_aux_grad(aux_grad, problem.aux)
+    views = check_results(problem, out, lse)
+    return _backward(problem, (q, k, v), options, *views, *check_cotangents(problem, dout, dlse), asked)
+
+
+def attention_jvp(
+    q: Any,
+    k: Any,
+    v: Any,
+    q_dot: Any,
+    k_dot: Any,
+    v_dot: Any,
+    *,
+    bias_dot: Any = None,
+    sinks_dot: Any = None,
+    alibi_slopes_dot: Any = None,
+    aux_dot: Any = None,
+    causal: bool = False,
+    window: Any = None,
+    align: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    aux: Any = (),
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Attention and its derivative along a direction (forward mode, a Jacobian-vector product), in one pass.
+
+    Parameters
+    ----------
+    q, k, v, causal, ..., backend
+        As in `attention`.
+    q_dot, k_dot, v_dot, bias_dot, sinks_dot, alibi_slopes_dot : float ndarray or None
+        The direction, each in its argument's shape; q_dot, k_dot and v_dot in q's dtype. None is 0, and costs nothing.
+    aux_dot : tuple
+        An array or None for each array of aux.
+    return_lse : bool
+        Also return lse and its derivative.
+
+    Returns
+    -------
+    out, out_dot : ndarray
+        In out's shape, dtype and layout; with return_lse (out, lse), (out_dot, lse_dot).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does, and for a tangent that does not fit its argument.
+
+    Notes
+    -----
+    Of a hidden pair no tangent is read. A row that sees nothing has out_dot 0, and lse_dot that of its sink or 0.
+    The formulas stand at `reference.attention_jvp`.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attn as na
+    >>> q, k, v, direction = (np.random.default_rng(n).standard_normal((1, 2, 16, 8)) for n in range(4))
+    >>> out, out_dot = na.attention_jvp(q, k, v, direction, None, None)
+    >>> further = na.attention(q + 1e-6 * direction, k, v)
+    >>> bool(np.allclose((further - out) / 1e-6, out_dot, atol=1e-5))
+    True
+    """
+    _check_backend(backend)
+    if not isinstance(return_lse, (bool, np.bool_)):
+        raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
+    options = dict(
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        aux=aux,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+    )
+    problem = plan.resolve(q, k, v, **options)
+    tangents: list[Array | None] = []
+    for x, of, name in ((q_dot, q, "q"), (k_dot, k, "k"), (v_dot, v, "v")):
+        tangent = check_tangent(x, of, name)
+        if tangent is not None and tangent.dtype != problem.dtype:
+            raise TypeError(f"{name}_dot has dtype {tangent.dtype}; it takes {name}'s, {problem.dtype}")
+        tangents.append(None if tangent is None else plan.bhsd_view(tangent, layout))
+    bias_dot = check_tangent(bias_dot, bias, "bias")
+    sinks_dot = check_tangent(sinks_dot, sinks, "sinks")
+    slopes_dot = check_tangent(alibi_slopes_dot, alibi_slopes, "alibi_slopes")
+    tables_dot = check_aux_tangents(aux_dot, problem.aux)
+
+    shape, rows = plan.output_shape(problem), plan.lse_shape(problem)
+    out, out_dot = np.empty(shape, problem.dtype), np.empty(shape, problem.dtype)
+    lse, lse_dot = np.empty(rows, problem.acc), np.empty(rows, problem.acc)
+    if _jit_is_off():
+        _dense_jvp(
+            (out, lse, out_dot, lse_dot), q, k, v, q_dot, k_dot, v_dot, options,
+            dict(bias_dot=bias_dot, sinks_dot=sinks_dot, alibi_slopes_dot=slopes_dot, aux_dot=aux_dot),
+        )  # fmt: skip
+    else:
+        from .cpu.launch_jvp import jvp
+
+        if bias_dot is not None:
+            missing = 4 - len(layout)
+            pairs = Shape(problem.batch, problem.q_heads, problem.q_len, problem.kv_len, missing)
+            bias_dot = over_pairs(bias_dot, "bias_dot", pairs)
+        jvp(
+            problem,
+            (tangents[0], tangents[1], tangents[2]),
+            bias_dot,
+            None if sinks_dot is None else np.ascontiguousarray(sinks_dot, problem.acc),
+            None if slopes_dot is None else np.ascontiguousarray(np.atleast_2d(slopes_dot), problem.acc),
+            tuple(None if a is None else a.astype(problem.acc) for a in tables_dot),
+            *(plan.bhsd_view(x, layout) for x in (out, lse, out_dot, lse_dot)),
+        )
+    return ((out, lse), (out_dot, lse_dot)) if return_lse else (out, out_dot)
+
+
+class Pullback:
+    """From the gradient with respect to out (and lse) to those of the arguments: see `attention_vjp`."""
+
+    def __init__(
+        self,
+        problem: plan.Problem,
+        inputs: tuple[Any, Any, Any],
+        options: dict[str, Any],
+        out: Array,
+        lse: Array,
+        aux_grad: tuple[int, ...],
+    ):
+        self._problem, self._inputs, self._options, self._aux_grad = problem, inputs, options, aux_grad
+        self._out, self._lse = (plan.bhsd_view(x, problem.layout) for x in (out, lse))
+
+    def __call__(self, dout: Any, dlse: Any = None) -> Gradients:
+        """The gradients of sum(dout * out) + sum(dlse * lse)."""
+        problem = self._problem
+        asked = check_aux_grad(self._aux_grad, problem.aux)
+        cotangents = check_cotangents(problem, dout, dlse)
+        return _backward(problem, self._inputs, self._options, self._out, self._lse, *cotangents, asked)
+
+
+def _backward(
+    problem: plan.Problem,
+    inputs: tuple[Any, Any, Any],
+    options: dict[str, Any],
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array | None,
+    asked: tuple[bool, ...],
+) -> Gradients:
+    """The gradients in the caller's layout, shapes and dtypes; out, lse, dout and dlse are (B, H, S, ...) views."""
+    if _jit_is_off():
+        return _dense_backward(problem, inputs, options, dout, dlse, asked)
+    from .cpu.launch_backward import backward
+
+    bias, slopes, sinks = options["bias"], options["alibi_slopes"], options["sinks"]
+    dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in inputs)
+    views = (plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv))
+    bias_shape = None if bias is None else (1,) * (4 - bias.ndim) + bias.shape
+    slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
+    if dlse is not None and dlse.dtype != problem.acc:
+        dlse = dlse.astype(problem.acc)
+    dbias, dslopes, daux, deltas = backward(problem, out, lse, dout, dlse, *views, bias_shape, slopes_shape, asked)
+    return Gradients(
+        dq,
+        dk,
+        dv,
+        None if dbias is None else dbias.reshape(bias.shape).astype(bias.dtype, copy=False),
+        None if sinks is None else sink_gradient(problem, lse, deltas).astype(sinks.dtype, copy=False),
+        None if dslopes is None else dslopes.reshape(slopes.shape).astype(slopes.dtype, copy=False),
+        _in_dtypes(daux, options["aux"]) if problem.score_mod is not None and problem.aux else None,
+    )
+
+
+def _in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, ...]:
+    return tuple(None if d is None else d.astype(a.dtype, copy=False) for d, a in zip(daux, aux, strict=True))
+
+
+def _check_backend(backend: Any) -> None:
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"backend is {backend!r}; it takes 'auto' or 'cpu' (CUDA kernels are not in this release)")
 
 
 def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -246,3 +609,45 @@ def _dense(out: Any, lse: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) 
     out[...], dense_lse = reference.attention(q, k, v, **options, return_lse=True)
     if lse is not None:
         lse[...] = dense_lse
+
+
+def _dense_backward(
+    problem: plan.Problem,
+    inputs: tuple[Any, Any, Any],
+    options: dict[str, Any],
+    dout: Array,
+    dlse: Array | None,
+    asked: tuple[bool, ...],
+) -> Gradients:
+    from . import reference
+
+    warnings.warn(
+        "numba_attn: NUMBA_DISABLE_JIT is set, so gradients come from the dense NumPy reference: slow, O(Sq Sk)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    found = reference.attention_backward(
+        plan.in_layout(dout, problem.layout),
+        *inputs,
+        dlse=None if dlse is None else plan.in_layout(dlse, problem.layout),
+        aux_grad=tuple(n for n, wanted in enumerate(asked) if wanted),
+        **options,
+    )
+    given = (*inputs, options["bias"], options["sinks"], options["alibi_slopes"])
+    cast = [None if g is None else g.astype(x.dtype) for g, x in zip(found[:6], given, strict=True)]
+    return Gradients(*cast, None if found.daux is None else _in_dtypes(found.daux, options["aux"]))
+
+
+def _dense_jvp(
+    results: Any, q: Any, k: Any, v: Any, q_dot: Any, k_dot: Any, v_dot: Any, options: Any, dots: Any
+) -> None:
+    from . import reference
+
+    warnings.warn(
+        "numba_attn: NUMBA_DISABLE_JIT is set, so attention_jvp() runs the dense NumPy reference: slow, O(Sq Sk)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    out, lse, out_dot, lse_dot = results
+    found = reference.attention_jvp(q, k, v, q_dot, k_dot, v_dot, **options, **dots, return_lse=True)
+    (out[...], lse[...]), (out_dot[...], lse_dot[...]) = found

@@ -30,7 +30,8 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2
 class Case:
     """One shape: q (batch, heads, q_len, dim), k and v (batch, kv_heads, kv_len, dim). Causal is aligned bottom right.
 
-    `window` is the number of keys that a query sees, itself included (0: all of them); it implies causal.
+    `window` is the number of keys that a query sees, itself included (0: all of them); it implies causal. `backward`:
+    out and the gradients of q, k and v, instead of out alone.
     """
 
     heads: int
@@ -42,11 +43,13 @@ class Case:
     dtype: str = "float32"
     causal: bool = False
     window: int = 0
+    backward: bool = False
 
     def __str__(self) -> str:
         mask = f" window {self.window}" if self.window else " causal" if self.causal else ""
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"{self.dtype} batch {self.batch} heads {heads} {self.q_len} x {self.kv_len} dim {self.dim}{mask}"
+        shape = f"{self.dtype} batch {self.batch} heads {heads} {self.q_len} x {self.kv_len} dim {self.dim}{mask}"
+        return shape + " forward + backward" * self.backward
 
     @property
     def offset(self) -> int:
@@ -61,12 +64,12 @@ class Case:
         return {"causal": True, **align, **({"window": (self.window - 1, 0)} if self.window else {})}
 
     def flops(self) -> int:
-        """4 dim for each visible pair: a masked score counts nothing."""
+        """4 dim for each visible pair, 14 dim with the backward pass (7 products): a masked score counts nothing."""
         pairs = self.q_len * self.kv_len
         if self.causal or self.window:
             seen = np.clip(np.arange(self.q_len) + self.offset + 1, 0, self.kv_len)
             pairs = int(np.minimum(seen, self.window).sum() if self.window else seen.sum())
-        return 4 * self.batch * self.heads * pairs * self.dim
+        return (14 if self.backward else 4) * self.batch * self.heads * pairs * self.dim
 
     def visible(self) -> np.ndarray:
         """Bool, (q_len, kv_len)."""
@@ -81,6 +84,11 @@ class Case:
         sizes = ((self.heads, self.q_len), (self.kv_heads, self.kv_len), (self.kv_heads, self.kv_len))
         q, k, v = (rng.standard_normal((self.batch, *s, self.dim), dtype=np.float32).astype(dtype) for s in sizes)
         return q, k, v
+
+    def cotangent(self) -> np.ndarray:
+        """The gradient with respect to out that the backward pass starts from."""
+        x = np.random.default_rng(1).standard_normal((self.batch, self.heads, self.q_len, self.dim), dtype=np.float32)
+        return x.astype("float32" if self.dtype == "bfloat16" else self.dtype)
 
 
 @dataclass
@@ -98,7 +106,8 @@ class Result:
         return min(peers) / self.seconds["numba_attn"] if peers and "numba_attn" in self.seconds else None
 
 
-# ---- the libraries: each takes a case and gives a call whose result is (batch, heads, q_len, dim) ----
+# ---- the libraries: each takes a case and gives a call whose result is out, or dq for a backward case; either way
+# (batch, heads, q_len, dim) ----
 
 
 def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
@@ -115,6 +124,31 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.nda
     return s @ v
 
 
+def dense_gradients(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, visible: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dq, dk, dv as one writes them in NumPy, with the forward pass that they need."""
+    group, scale = q.shape[1] // k.shape[1], q.dtype.type(q.shape[-1] ** -0.5)
+    if group > 1:
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    p = (q * scale) @ k.swapaxes(-1, -2)
+    if visible is not None:
+        np.copyto(p, -np.inf, where=~visible)
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    out = p @ v
+    dv = p.swapaxes(-1, -2) @ dout
+    ds = dout @ v.swapaxes(-1, -2)
+    ds -= (dout * out).sum(axis=-1, keepdims=True)
+    ds *= p
+    ds *= scale
+    dq, dk = ds @ k, ds.swapaxes(-1, -2) @ q
+    if group > 1:
+        dk, dv = (x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(axis=2) for x in (dk, dv))
+    return dq, dk, dv
+
+
 def _numba_attn(case: Case, threads: int) -> Callable[[], np.ndarray]:
     import numba
 
@@ -126,6 +160,14 @@ def _numba_attn(case: Case, threads: int) -> Callable[[], np.ndarray]:
         import ml_dtypes
 
         q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q, k, v))
+    if case.backward:
+        dout = case.cotangent().astype(q.dtype)
+
+        def gradients() -> np.ndarray:
+            _, pullback = numba_attn.attention_vjp(q, k, v, **case.options)
+            return pullback(dout).dq
+
+        return gradients
     return lambda: numba_attn.attention(q, k, v, **case.options)
 
 
@@ -134,6 +176,9 @@ def _numpy(case: Case, threads: int) -> Callable[[], np.ndarray]:
         raise NotImplementedError(f"NumPy multiplies no {case.dtype} matrices at speed")
     q, k, v = case.inputs()
     visible = case.visible() if case.causal or case.window else None
+    if case.backward:
+        dout = case.cotangent()
+        return lambda: dense_gradients(q, k, v, dout, visible)[0]
     return lambda: dense_attention(q, k, v, visible)
 
 
@@ -147,18 +192,23 @@ def _torch(case: Case, threads: int) -> Callable[[], object]:
         options["attn_mask"] = torch.from_numpy(case.visible())
     elif case.causal:
         options["is_causal"] = True
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if case.backward:
+        dout = torch.from_numpy(case.cotangent()).to(q.dtype)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        return lambda: torch.autograd.grad(attention(*leaves, **options), leaves, dout)[0]
 
     def run() -> object:
         with torch.no_grad():
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+            return attention(q, k, v, **options)
 
     return run
 
 
 def _torch_flex(case: Case, threads: int) -> Callable[[], object]:
     """torch.compile(flex_attention), torch's best on a window; it needs a C++ compiler and some 20 s."""
-    if not case.window:
-        raise NotImplementedError("timed on windows only")
+    if not case.window or case.backward:
+        raise NotImplementedError("timed on windows only, forward")
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -179,6 +229,8 @@ def _torch_flex(case: Case, threads: int) -> Callable[[], object]:
 
 
 def _onnxruntime(case: Case, threads: int) -> Callable[[], np.ndarray]:
+    if case.backward:
+        raise NotImplementedError("no gradients")
     if case.window or case.heads != case.kv_heads or case.dtype != "float32" or (case.causal and case.offset):
         raise NotImplementedError("MultiHeadAttention: float32, as many key heads as query heads, no window")
     import onnxruntime
@@ -207,6 +259,8 @@ def _onnxruntime(case: Case, threads: int) -> Callable[[], np.ndarray]:
 
 
 def _openvino(case: Case, threads: int) -> Callable[[], np.ndarray]:
+    if case.backward:
+        raise NotImplementedError("no gradients")
     precision = {"float32": "f32", "bfloat16": "bf16"}.get(case.dtype)
     if case.window or case.heads != case.kv_heads or precision is None or (case.causal and case.offset):
         raise NotImplementedError("scaled_dot_product_attention: float32 or bfloat16, no window, no grouped heads")
@@ -232,6 +286,16 @@ def _jax(case: Case, threads: int) -> Callable[[], object]:
     options: dict[str, Any] = {"is_causal": case.causal or bool(case.window)}
     if case.window:
         options["local_window_size"] = (case.window - 1, 0)
+    if case.backward:
+        dout = jnp.asarray(case.cotangent().transpose(0, 2, 1, 3)).astype(case.dtype)
+
+        def gradients(q: object, k: object, v: object) -> tuple:
+            _, pullback = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, **options), q, k, v)
+            dq, dk, dv = pullback(dout)
+            return dq.transpose(0, 2, 1, 3), dk, dv
+
+        compiled = jax.jit(gradients)
+        return lambda: jax.block_until_ready(compiled(q, k, v))[0]
     call = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options).transpose(0, 2, 1, 3))
     return lambda: call(q, k, v).block_until_ready()
 
@@ -380,7 +444,13 @@ def _error(case: Case, rows: list[float]) -> float:
     expected = []
     for i in checked_rows(case):
         options = {**case.options, "align": case.offset + i} if case.options else {}
-        expected.append(reference.attention(q[:, :, i : i + 1], k, v, **options))
+        row = np.s_[:, :, i : i + 1]
+        if case.backward:
+            dout = case.cotangent().astype(q.dtype).astype(np.float64)
+            arrays = (x.astype(np.float64) for x in (q[row], k, v))
+            expected.append(reference.attention_backward(dout[row], *arrays, **options).dq)
+        else:
+            expected.append(reference.attention(q[row], k, v, **options))
     want = np.concatenate(expected, axis=2)
     return float(np.abs(np.reshape(rows, want.shape) - want).max())
 

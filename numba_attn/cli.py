@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--window", type=_positive, default=0, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
     )
+    bench.add_argument("--backward", action="store_true", help="out and the gradients of q, k and v")
     bench.add_argument("--rounds", type=_positive, default=5, help="turns of each library; the median counts")
     bench.add_argument("--seconds", type=_seconds, default=0.4, help="length of a turn")
     bench.add_argument("--threads", type=_positive, help="default: numba.get_num_threads()")
@@ -186,6 +187,7 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         dtype=args.dtype,
         causal=args.causal,
         window=args.window,
+        backward=args.backward,
     )
     threads = args.threads or numba.get_num_threads()
     options = {"rounds": args.rounds, "seconds": args.seconds, "threads": threads}

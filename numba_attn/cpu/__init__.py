@@ -9,7 +9,8 @@ from typing import Any
 import numba
 
 from . import compile, threads
-from .forward import key_block, tile_rows
+from .call import tile_rows
+from .forward import key_block
 from .simd import ROW
 
 __all__ = ["describe"]

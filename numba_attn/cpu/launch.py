@@ -3,6 +3,7 @@ inputs."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,19 +13,9 @@ from numba.core import types
 
 from ..online import LOG2E
 from . import threads
+from .call import CALL, OPEN, STORAGE, tile_rows
 from .compile import array_type, compile_cfunc, compile_entry
-from .forward import (
-    CALL,
-    FLUSH,
-    MAX_QUERIES,
-    MAX_QUERIES_COPY,
-    OPEN,
-    STORAGE,
-    build,
-    key_block,
-    scratch_layout,
-    tile_rows,
-)
+from .forward import FLUSH, MAX_QUERIES, MAX_QUERIES_COPY, build, key_block, layout
 from .modifiers import aux_table, tile_function
 from .simd import ROW, call_address
 
@@ -100,13 +91,23 @@ def entry(storage: np.dtype[Any]):
     )
 
 
-def _set_array(record, name: str, array: np.ndarray, axes: str) -> None:
+def set_array(record, name: str, array: np.ndarray, axes: str) -> None:
     record[name] = array.ctypes.data
     for axis, stride in zip(axes, array.strides, strict=True):
         record[f"{name}_{axis}"] = stride
 
 
-def _rows_in_place(x: np.ndarray) -> bool:
+def run_drain(record_array: np.ndarray, drain: int, n_items: int, n_threads: int) -> None:
+    """Have the work items of a whole record drained; releases the GIL."""
+    counter = np.zeros(1, np.int64)
+    record_array[0]["counter"], record_array[0]["n_items"] = counter.ctypes.data, n_items
+    if n_threads > 1 and n_items > 1:
+        threads.run(record_array.ctypes.data, drain, min(n_threads, n_items))
+    elif n_items:
+        ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(drain)(record_array.ctypes.data)
+
+
+def rows_in_place(x: np.ndarray) -> bool:
     """Whether the kernel reads a block of rows of x where it lies."""
     return x.strides[3] == x.itemsize and x.strides[2] == x.itemsize * x.shape[3]
 
@@ -115,59 +116,46 @@ def _rows_in_place(x: np.ndarray) -> bool:
 WIDTH_SPEED = (0.88, 0.98, 1.0)
 
 
-def _tile_rows(elem: str, problem: Problem) -> int:
+def tile_width(elem: str, left: int, right: int) -> int:
     """Queries a tile. A tile of n queries computes window + n - 1 keys, rounded to eights, so a short window wants
-    narrow tiles; the bits of a row do not depend on it."""
+    narrow tiles. A function of the window alone: the bits of dk and dv depend on it, those of a row of out do not."""
     widest = tile_rows(elem)
-    window = problem.left + problem.right + 1
-    if window >= problem.kv_len or ROW.nr != len(WIDTH_SPEED):
+    window = left + right + 1
+    if window >= OPEN or ROW.nr != len(WIDTH_SPEED):
         return widest
     lanes = widest // ROW.nr
     cost = [(window + n * lanes + 7) / speed for n, speed in enumerate(WIDTH_SPEED, 1)]
     return lanes * (cost.index(min(cost)) + 1)
 
 
-def prepare(problem: Problem, want_lse: bool) -> Launch:
-    """The record of a call, but for the arrays that `run` adds."""
-    name = problem.dtype.name
-    elem = "f64" if name == "float64" else "f32"
+def count_tiles(q_lens: np.ndarray, rows: int, group: int) -> np.ndarray:
+    """Tiles of the queries of one key head, for each sequence: as the kernels count them."""
+    return np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
+
+
+def elem_of(dtype: np.dtype[Any]) -> str:
+    """The accumulation type of a dtype."""
+    return "f64" if dtype == np.float64 else "f32"
+
+
+def describe(problem: Problem, elem: str, score_kind: str = "score") -> tuple[np.ndarray, list[Any]]:
+    """The CALL record with what the problem says of scores and masks, which is the same for every kernel; and what its
+    addresses point to."""
     record_array = np.zeros(1, CALL)
     record = record_array[0]
+    keep: list[Any] = []
     sequences = problem.sequences
     if len(sequences) > 1 and np.any(sequences[:, 2:5:2] != sequences[0, 2:5:2]):
         sequences = sequences[np.argsort(-sequences[:, 2] * sequences[:, 4], kind="stable")]  # the longest first
     sequences = np.ascontiguousarray(sequences)
-    keep: list[Any] = [sequences]
-
-    rows = _tile_rows(elem, problem)
+    keep.append(sequences)
+    record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
     group, kv_heads, qk, dv = problem.q_heads // problem.kv_heads, problem.kv_heads, problem.qk_dim, problem.v_dim
-    q_lens = sequences[:, 2]
-    tiles = np.where(q_lens < rows, -(-group * q_lens // rows), group * -(-q_lens // rows))
-    total = int(tiles.sum()) * kv_heads
-    n_threads = threads.numba.config.NUMBA_NUM_THREADS
-    # Only a matter of speed: a launch is used again for arrays with other strides.
-    copies = name not in ("float32", "float64") or not (_rows_in_place(problem.k) and _rows_in_place(problem.v))
-    share = min((MAX_QUERIES_COPY if copies else MAX_QUERIES) // rows, max(1, total // (8 * n_threads)))
-    fine = 2 * n_threads if n_threads > 1 else 0
-    items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
-    first_item = np.zeros(len(sequences) + 1, np.int64)
-    np.cumsum(items, out=first_item[1:])
-    keep.append(first_item)
-
-    span = min(problem.left, problem.kv_len) + min(problem.right, problem.kv_len) + 1
-    pairs = float((q_lens * np.minimum(sequences[:, 4], span)).sum()) * problem.q_heads
-
+    name = problem.dtype.name
     natural = problem.softcap != 0.0 or problem.score_mod is not None
     unit = 1.0 if problem.score_mod is not None else LOG2E
     record["storage"] = STORAGE[name]
-    record["lse"] = want_lse
     record["group"], record["kv_heads"], record["qk_dim"], record["v_dim"] = group, kv_heads, qk, dv
-    record["tile_rows"], record["block"], record["tiles"], record["fine"] = rows, key_block(elem, qk), share, fine
-    layout = scratch_layout(elem, share, qk, dv, key_block(elem, qk), problem.kv_len > FLUSH, problem.bias is not None)
-    for field_name, offset in layout.items():
-        record[field_name] = offset
-    record["sequences"], record["n_sequences"] = sequences.ctypes.data, len(sequences)
-    record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
     record["left"], record["right"], record["has_prefix"] = (
         min(problem.left, OPEN),
         min(problem.right, OPEN),
@@ -188,7 +176,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
             record[f"bounds_{axis}"] = stride if n > 1 else 0
         keep += [problem.start, problem.end]
     if problem.bias is not None:
-        _set_array(record, "bias", problem.bias, "bhij")
+        set_array(record, "bias", problem.bias, "bhij")
         record["bias_storage"] = STORAGE[problem.bias.dtype.name]
         keep.append(problem.bias)
     if problem.masks:
@@ -217,7 +205,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
     if problem.score_mod is not None:
         numbers = aux_table(problem.aux)
         record["score_mod"], record["score_aux"] = (
-            tile_function(problem.score_mod, "score", elem, problem.aux),
+            tile_function(problem.score_mod, score_kind, elem, problem.aux),
             numbers.ctypes.data,
         )
         keep += [numbers, problem.aux]
@@ -232,6 +220,39 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2**32)
         record["drop_scale"] = 1.0 / (1.0 - problem.dropout_p)
         record["seed"] = np.array(problem.seed, np.uint64).view(np.int64)
+    return record_array, keep
+
+
+def prepare(problem: Problem, want_lse: bool) -> Launch:
+    """The record of a call, but for the arrays that `run` adds."""
+    name = problem.dtype.name
+    elem = elem_of(problem.dtype)
+    record_array, keep = describe(problem, elem)
+    record, sequences = record_array[0], keep[0]
+    rows = tile_width(elem, problem.left, problem.right)
+    group, kv_heads, qk, dv = problem.q_heads // problem.kv_heads, problem.kv_heads, problem.qk_dim, problem.v_dim
+    q_lens = sequences[:, 2]
+    tiles = count_tiles(q_lens, rows, group)
+    total = int(tiles.sum()) * kv_heads
+    n_threads = threads.numba.config.NUMBA_NUM_THREADS
+    # Only a matter of speed: a launch is used again for arrays with other strides.
+    copies = name not in ("float32", "float64") or not (rows_in_place(problem.k) and rows_in_place(problem.v))
+    share = min((MAX_QUERIES_COPY if copies else MAX_QUERIES) // rows, max(1, total // (8 * n_threads)))
+    fine = 2 * n_threads if n_threads > 1 else 0
+    items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
+    first_item = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum(items, out=first_item[1:])
+    keep.append(first_item)
+
+    span = min(problem.left, problem.kv_len) + min(problem.right, problem.kv_len) + 1
+    pairs = float((q_lens * np.minimum(sequences[:, 4], span)).sum()) * problem.q_heads
+
+    record["lse"] = want_lse
+    record["tile_rows"], record["block"], record["tiles"], record["fine"] = rows, key_block(elem, qk), share, fine
+    offsets = layout(elem, share, qk, dv, problem.kv_len > FLUSH, problem.bias is not None)
+    for field_name, offset in offsets.items():
+        record[field_name] = offset
+    record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
     halves = name not in ("float32", "float64")
     return Launch(
         elem=elem,

@@ -29,20 +29,21 @@ from .simd import F32, F64, I32, I64, ROW, f32_ptr, f64_ptr, i64_ptr, u8_ptr
 # ---------------------------------------------------------------- scalar pieces that LLVM can vectorise
 
 
+def multiply_add(builder, a, b, c):
+    """a * b + c of LLVM values, fused where the CPU can."""
+    if not ROW.fma:
+        return builder.fadd(builder.fmul(a, b), c)
+    name = f"llvm.fma.f{32 if a.type == F32 else 64}"
+    fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+    return builder.call(fn, [a, b, c])
+
+
 @intrinsic
 def fma(typingctx, a, b, c):
     """a * b + c, fused where the CPU can."""
 
     def codegen(context, builder, sig, args):
-        if not ROW.fma:
-            return builder.fadd(builder.fmul(args[0], args[1]), args[2])
-        t = args[0].type
-        return builder.call(
-            cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(t, [t] * 3), f"llvm.fma.f{32 if t == F32 else 64}"
-            ),
-            args,
-        )
+        return multiply_add(builder, *args)
 
     return a(a, a, a), codegen
 
@@ -324,7 +325,7 @@ def _operator(op, count, of_scores, of_indices=None, result=None):
             return of_indices(builder, *args)
 
 
-def _floor(builder, x):
+def floored(builder, x):
     name = f"llvm.floor.f{32 if x.type == F32 else 64}"
     return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type]), name), [x])
 
@@ -344,7 +345,7 @@ def _modulo(builder, x, y):
     return builder.sub(x, builder.mul(_floor_divide(builder, x, y), y))
 
 
-def _absolute(builder, x):
+def absolute(builder, x):
     return builder.select(builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0)), builder.fneg(x), x)
 
 
@@ -365,8 +366,8 @@ for _names, _score_name, _index_name in (
             lambda b, x, y, n=_score_name: getattr(b, n)(x, y),
             _index_name and (lambda b, x, y, n=_index_name: getattr(b, n)(x, y)),
         )
-_operator(operator.floordiv, 2, lambda b, x, y: _floor(b, b.fdiv(x, y)), _floor_divide)
-_operator(operator.mod, 2, lambda b, x, y: b.fsub(x, b.fmul(y, _floor(b, b.fdiv(x, y)))), _modulo)
+_operator(operator.floordiv, 2, lambda b, x, y: floored(b, b.fdiv(x, y)), _floor_divide)
+_operator(operator.mod, 2, lambda b, x, y: b.fsub(x, b.fmul(y, floored(b, b.fdiv(x, y)))), _modulo)
 for _op, _symbol in (
     (operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">="), (operator.eq, "=="),
 ):  # fmt: skip
@@ -400,8 +401,8 @@ for _op, _nonzero in ((bool, True), (operator.truth, True), (operator.not_, Fals
 _operator(operator.invert, 1, None, lambda b, x: b.not_(x))
 _operator(operator.neg, 1, lambda b, x: b.fneg(x), lambda b, x: b.neg(x))
 _operator(operator.pos, 1, lambda b, x: x, lambda b, x: x)
-_operator(abs, 1, _absolute, _absolute_index)
-_operator(math.fabs, 1, _absolute)
+_operator(abs, 1, absolute, _absolute_index)
+_operator(math.fabs, 1, absolute)
 _operator(
     min,
     2,
@@ -434,9 +435,18 @@ class _ArrayAtIndex(AbstractTemplate):
 
 
 @overload(int)
-def _int_of_index(x):
+def _int(x):
     if isinstance(x, Index):
         return lambda x: _as_int64(x)
+    if isinstance(x, Score):
+        return lambda x: np.int64(as_float(x))
+
+
+@overload(float)
+def _float(x):
+    if isinstance(x, (Index, Score)):
+        cast = AS_SCORE[x.elem]
+        return lambda x: cast(as_float(x))
 
 
 @intrinsic
@@ -483,7 +493,7 @@ def _unary(fn, implementation):
             return lambda x: cast(f(as_float(x)))
 
 
-def _libm(fn):
+def libm(fn):
     """Lane by lane, in the score's precision: right, but slow."""
 
     @inner
@@ -502,16 +512,27 @@ for _name in ("exp", "tanh", "log", "log1p", "sin", "cos", "sqrt"):
     for _module in (math, np):
         _unary(getattr(_module, _name), lambda elem, n=_name: getattr(MATH[elem], n))
 for _name in ("expm1", "log2", "log10", "atan", "sinh", "cosh", "erf", "floor", "ceil"):
-    _unary(getattr(math, _name), _libm(getattr(math, _name)))
+    _unary(getattr(math, _name), libm(getattr(math, _name)))
+
+
+# x**n for a whole n that stands in the source
+_POWERS = {
+    n: inner(f)
+    for n, f in enumerate((lambda x: x, lambda x: x * x, lambda x: x * x * x, lambda x: (x * x) * (x * x)), start=1)
+}
 
 
 def _power(fn):
-    @overload(fn)
+    @overload(fn, prefer_literal=True)
     def resolve(x, y):
         s = _score_of((x, y), 2)
-        if s is not None:
-            f, cast, to = MATH[s.elem].pow, AS_SCORE[s.elem], np.float32 if s.elem == "f32" else np.float64
-            return lambda x, y: cast(f(to(as_float(x)), to(as_float(y))))
+        if s is None:
+            return None
+        f, cast, to = MATH[s.elem].pow, AS_SCORE[s.elem], np.float32 if s.elem == "f32" else np.float64
+        product = _POWERS.get(y.literal_value) if isinstance(y, types.IntegerLiteral) else None
+        if product is not None:
+            return lambda x, y: cast(product(to(as_float(x))))
+        return lambda x, y: cast(f(to(as_float(x)), to(as_float(y))))
 
 
 _power(operator.pow)
@@ -522,17 +543,18 @@ _power(pow)
 @overload(score.where)
 def _where(condition, yes, no):
     s = _score_of((yes, no), 2)
-    if s is None:
+    if s is not None:
+        cast, to = AS_SCORE[s.elem], np.float32 if s.elem == "f32" else np.float64
+        return lambda condition, yes, no: cast(choose(bool(condition), to(as_float(yes)), to(as_float(no))))
+    if all(isinstance(x, (types.Number, types.Boolean)) for x in (yes, no)):
         return lambda condition, yes, no: yes if condition else no
-    cast, to = AS_SCORE[s.elem], np.float32 if s.elem == "f32" else np.float64
-    return lambda condition, yes, no: cast(choose(bool(condition), to(as_float(yes)), to(as_float(no))))
 
 
 # ---------------------------------------------------------------- compiling a user's function
 
 
 @intrinsic
-def _aux_arrays(typingctx, table, kinds):
+def aux_arrays(typingctx, table, kinds):
     """The arrays that a table of (address, shape, strides) describes; kinds: a tuple type of their array types."""
     kinds = kinds.instance_type
 
@@ -561,7 +583,7 @@ def _aux_arrays(typingctx, table, kinds):
 
 
 def aux_table(aux: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Address, shape and strides of each array, as `_aux_arrays` reads them."""
+    """Address, shape and strides of each array, as `aux_arrays` reads them."""
     numbers: list[int] = []
     for a in aux:
         numbers += [a.ctypes.data, *a.shape, *a.strides]
@@ -571,20 +593,34 @@ def aux_table(aux: tuple[np.ndarray, ...]) -> np.ndarray:
 _ADDRESSES: dict[Any, int] = {}
 
 
-def tile_function(fn: Callable[..., Any], kind: str, elem: str, aux: tuple[np.ndarray, ...]) -> int:
-    """The address of fn as a loop over a tile; kind "score" or "mask".
+def tile_function(
+    fn: Callable[..., Any] | score.ScoreMod,
+    kind: str,
+    elem: str,
+    aux: tuple[np.ndarray, ...],
+    *,
+    asked: tuple[Any, ...] = (),
+) -> int:
+    """The address of fn as a loop over a tile; a kind of "score" or "mask", or one of the derivatives of a score.
 
-    C signature: (target, row stride, lanes, b, h, first i, first j, keys, aux table). A score function replaces
-    target[j, lane] and ends in log2 units; a mask function clears the bytes of the pairs that it hides.
+    C signature of these two: (target, row stride, lanes, b, h, first i, first j, keys, aux table). A score function
+    replaces target[j, lane] and ends in log2 units; a mask function clears the bytes of the pairs that it hides. For
+    the derivatives, and for asked, see dual.py.
     """
-    key = (kind, elem, score.identity(fn), tuple((a.dtype, a.ndim) for a in aux))
+    grad = None if kind in ("score", "mask") or not isinstance(fn, score.ScoreMod) else fn.grad
+    functions = score.identity(score.plain_function(fn)), grad and score.identity(grad)
+    key = (kind, elem, functions, tuple((a.dtype, a.ndim) for a in aux), asked)
     address = _ADDRESSES.get(key)
     if address is None:
-        address = _ADDRESSES[key] = _compile(fn, kind, elem, aux)
+        address = _ADDRESSES[key] = _compile(fn, kind, elem, aux, asked)
     return address
 
 
-def _compile(fn, kind, elem, aux):
+def _compile(fn, kind, elem, aux, asked):
+    if kind not in ("score", "mask"):
+        from .dual import compile_derivative  # a process that wants no gradient does not pay for its types
+
+        return compile_derivative(fn, kind, elem, aux, asked)
     call = inner(score.plain_function(fn))
     kinds = types.Tuple([array_type(a.dtype, a.ndim) for a in aux])
     index = AS_INDEX[elem]
@@ -594,7 +630,7 @@ def _compile(fn, kind, elem, aux):
     log2e = acc(LOG2E)
 
     def score_tile(target, w, lanes, b, h, i, j, keys, table):
-        arrays = _aux_arrays(i64_ptr(table), kinds)
+        arrays = aux_arrays(i64_ptr(table), kinds)
         for key in range(keys):
             row = pointer(target) + key * w
             for r in range(lanes):
@@ -602,7 +638,7 @@ def _compile(fn, kind, elem, aux):
                 row[r] = acc(as_float(call(cast(row[r]), index(b), index(h), at_i, at_j, *arrays))) * log2e
 
     def mask_tile(target, w, lanes, b, h, i, j, keys, table):
-        arrays = _aux_arrays(i64_ptr(table), kinds)
+        arrays = aux_arrays(i64_ptr(table), kinds)
         for key in range(keys):
             row = u8_ptr(target) + key * w
             for r in range(lanes):

@@ -736,10 +736,11 @@ def float_to_bfloat(typingctx, x):
 
 @intrinsic
 def fetch_add(typingctx, p, n):
-    """The old value of *p, which n is added to atomically."""
+    """The old value of *p, which n is added to atomically; what other threads wrote before their own is visible after
+    it."""
 
     def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", args[0], args[1], "monotonic")
+        return builder.atomic_rmw("add", args[0], args[1], "acq_rel")
 
     return types.int64(p, types.int64), codegen
 

@@ -1,0 +1,191 @@
+"""A Problem and its cotangents -> the calls of the two backward kernels, and the sums of what they leave."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba.core import types
+
+from . import threads
+from .backward import RANGES, build, build_delta, key_block, layout, range_keys
+from .call import tile_rows
+from .compile import compile_cfunc
+from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, rows_in_place, run_drain, set_array, tile_width
+from .modifiers import tile_function
+
+if TYPE_CHECKING:
+    from ..plan import Problem
+
+# Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
+# for each head, and the largest one in all: then a single thread takes all heads.
+MOST_SUMS = 2**28
+
+
+@cache
+def delta_address(elem: str) -> int:
+    return compile_cfunc(build_delta(elem), types.void(types.intp), f"delta-{elem}")
+
+
+@cache
+def drain_address(elem: str) -> int:
+    return compile_cfunc(build(elem), types.void(types.intp), f"backward-{elem}")
+
+
+class _Sums:
+    """Sums over pairs that several work items add to: each unit of items has a copy, and the copies are added in
+    order."""
+
+    def __init__(self, sizes: list[int], heads: int):
+        """sizes: numbers of each array that is summed."""
+        total = 8 * sum(sizes)
+        if total * heads * RANGES <= MOST_SUMS:
+            self.per_head, self.per_range, self.units = RANGES, 1, heads * RANGES
+        elif total * heads <= MOST_SUMS:
+            self.per_head, self.per_range, self.units = 1, 0, heads
+        else:
+            self.per_head, self.per_range, self.units = 0, 0, 1
+
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros((self.units, *shape))
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Strides of a C array in elements, 0 along axes of length 1."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step if n > 1 else 0)
+        step *= n
+    return strides[::-1]
+
+
+def backward(
+    problem: Problem,
+    out: np.ndarray,
+    lse: np.ndarray,
+    dout: np.ndarray,
+    dlse: np.ndarray | None,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    dbias_shape: tuple[int, ...] | None,
+    dslopes_shape: tuple[int, ...] | None,
+    asked: tuple[bool, ...],
+) -> tuple[np.ndarray | None, np.ndarray | None, tuple[np.ndarray | None, ...], np.ndarray]:
+    """Run the backward kernels on (B, H, S, D) and (B, H, S) views; writes dq, dk and dv.
+
+    dbias_shape : (B or 1, Hq or 1, Sq or 1, Sk or 1) or None
+    dslopes_shape : (B or 1, Hq) or None
+    asked : which arrays of aux get a gradient
+
+    Returns
+    -------
+    dbias, dslopes, daux : arrays of float64 or of the accumulation type
+    deltas : (B, Hq, Sq), rowsum(dout out) - dlse
+    """
+    elem = elem_of(problem.dtype)
+    acc = problem.acc
+    modified = problem.score_mod is not None
+    record_array, keep = describe(problem, elem, "score_grad")
+    record, sequences = record_array[0], keep[0]
+    batch, q_heads, q_len, qk = problem.q.shape
+    kv_heads, kv_len, dv_dim = problem.kv_heads, problem.kv_len, problem.v_dim
+    rows, block = tile_width(elem, problem.left, problem.right), key_block(elem, max(qk, dv_dim))
+    record["tile_rows"], record["block"] = rows, block
+    record["derivatives"], record["scale"] = 1, problem.scale
+    record["rows"], record["heads"] = q_len, q_heads
+    halves = problem.dtype.name not in ("float32", "float64")
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    for name, array in arrays.items():
+        set_array(record, name, array.view(np.uint16) if halves else array, "bhsd")
+    set_array(record, "lse", lse, "bhs")
+    if dlse is not None:
+        set_array(record, "dlse", dlse, "bhs")
+
+    stats = np.empty((2, batch, q_heads, q_len), acc)
+    record["log_sums"], record["deltas"] = stats[0].ctypes.data, stats[1].ctypes.data
+
+    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
+    group = q_heads // kv_heads
+    tiles = count_tiles(q_lens, rows, group)
+    heads = len(sequences) * kv_heads
+    head_size = int(tiles.max(initial=0)) * qk * tile_rows(elem)
+    pairs = float((q_lens * k_lens).sum()) * q_heads
+    n_threads = 1 if 5 * pairs * (qk + dv_dim) <= SERIAL_FLOPS else threads.usable()
+
+    aux_shapes = [a.shape for a, wanted in zip(problem.aux, asked, strict=False) if wanted]
+    whole_bias = dbias_shape == (batch, q_heads, q_len, kv_len)
+    shapes = [*aux_shapes] + [dslopes_shape] * (dslopes_shape is not None)
+    shapes += [dbias_shape] * (dbias_shape is not None and not whole_bias)
+    sums = _Sums([int(np.prod(shape)) for shape in shapes if shape is not None], heads)
+    record["unit_of_head"], record["unit_of_range"] = sums.per_head, sums.per_range
+    dbias = dslopes = None
+    if dbias_shape is not None and whole_bias:
+        dbias = np.zeros(dbias_shape, acc)
+        record["dbias_whole"] = 1
+        set_array(record, "dbias", dbias, "bhij")
+    elif dbias_shape is not None:
+        dbias = sums.zeros(dbias_shape)
+        record["dbias"], record["dbias_unit"] = dbias.ctypes.data, dbias.strides[0]
+        for axis, stride in zip("bhij", _strides(dbias_shape), strict=True):
+            record[f"dbias_{axis}"] = stride
+    if dslopes_shape is not None:
+        dslopes = sums.zeros(dslopes_shape)
+        record["dslopes"], record["dslopes_unit"] = dslopes.ctypes.data, dslopes.strides[0]
+        record["dslopes_b"] = _strides(dslopes_shape)[0]
+    daux: list[np.ndarray | None] = [None] * len(problem.aux)
+    if any(asked):
+        table = np.zeros((sums.units, 1 + len(problem.aux)), np.int64)
+        for n, wanted in enumerate(asked):
+            if wanted:
+                daux[n] = array = sums.zeros(problem.aux[n].shape)
+                table[:, 1 + n] = array.ctypes.data + np.arange(sums.units) * array.strides[0]
+        record["aux_grad"] = tile_function(problem.score_mod, "aux_grad", elem, problem.aux, asked=asked)
+        record["aux_sums"], record["aux_sums_unit"] = table.ctypes.data, table.strides[0]
+
+    if shapes and sums.units == 1:
+        n_threads = 1
+    one_by_one = 0 if n_threads == 1 or (shapes and sums.units == heads) else min(n_threads, heads)
+    partial = np.empty((one_by_one * RANGES, head_size), acc)
+    done = np.zeros(one_by_one, np.int64)
+    record["whole"], record["partial"], record["head_size"] = heads - one_by_one, partial.ctypes.data, head_size
+    record["done"] = done.ctypes.data
+    copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
+    offsets = layout(
+        elem,
+        qk,
+        dv_dim,
+        range_keys(elem, max(qk, dv_dim), int(k_lens.max(initial=0))),
+        head_size if one_by_one < heads else 0,
+        copies,
+        problem.bias is not None,
+        modified or problem.softcap != 0.0,
+        problem.dropout_p > 0,
+    )
+    for name, offset in offsets.items():
+        record[name] = offset
+
+    if int(q_lens.sum()) < batch * q_len:
+        dq[...] = 0
+    if int(k_lens.sum()) < batch * kv_len:
+        dk[...] = 0
+        dv[...] = 0
+
+    run_drain(record_array, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
+    run_drain(record_array, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
+
+    if any(asked) and table[:, 0].any():
+        status = int(table[table[:, 0] != 0, 0][0])
+        if status < 0:
+            raise ValueError(f"score_mod reads outside aux[{-1 - status}]")
+        raise ValueError(
+            f"score_mod reads not exactly one element of aux[{status - 1}], whose gradient its own grad is to give; "
+            "leave grad out, and the function itself is differentiated"
+        )
+    return (
+        dbias if dbias is None or whole_bias else dbias.sum(axis=0),
+        None if dslopes is None else dslopes.sum(axis=0),
+        tuple(None if a is None else a.sum(axis=0) for a in daux),
+        stats[1],
+    )

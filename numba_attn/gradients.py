@@ -1,0 +1,141 @@
+"""What the backward pass hands back, and the checks of what only it is given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import Array, accumulation, plain
+from .plan import Problem, bhsd_view, lse_shape, output_shape
+
+
+class Gradients(NamedTuple):
+    """Gradients of sum(dout * out) + sum(dlse * lse): each has the shape, layout and dtype of its argument.
+
+    None for what was not given. daux is a tuple with an entry for each array of aux, None for those that aux_grad does
+    not name.
+    """
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array | None = None
+    dsinks: Array | None = None
+    dalibi_slopes: Array | None = None
+    daux: tuple[Array | None, ...] | None = None
+
+
+def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...]) -> tuple[bool, ...]:
+    """Which arrays of aux get a gradient, from their positions.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no tuple of positions in aux, and for an array of integers or bools.
+    """
+    if not isinstance(aux_grad, (tuple, list)) or not all(type(n) is int for n in aux_grad):
+        raise TypeError(f"aux_grad is {aux_grad!r}; it takes a tuple of positions in aux, (0,) for its first array")
+    for n in aux_grad:
+        if not 0 <= n < len(aux):
+            raise ValueError(f"aux_grad names position {n}; aux has {len(aux)} arrays, counted from 0")
+        if aux[n].dtype.kind in "iub":
+            raise TypeError(
+                f"aux_grad names position {n}, an array of {aux[n].dtype}; only arrays of floats have a gradient"
+            )
+    return tuple(n in aux_grad for n in range(len(aux)))
+
+
+def check_cotangents(problem: Problem, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
+    """`dout` (B, Hq, Sq, Dv) and, if there is one, `dlse` (B, Hq, Sq): views of the caller's arrays.
+
+    Raises
+    ------
+    TypeError
+        For what is no NumPy array of floats, and a dout whose dtype is not q's.
+    ValueError
+        If one has another shape than out or lse.
+    """
+    view = plain(dout, "dout")
+    accumulation(view.dtype, "dout")
+    if view.dtype != problem.dtype:
+        raise TypeError(
+            f"dout has dtype {view.dtype}; it takes q's, {problem.dtype}: convert it, for example dout.astype(q.dtype)"
+        )
+    if view.shape != output_shape(problem):
+        raise ValueError(
+            f"dout has shape {view.shape}; it takes {output_shape(problem)}, out's in layout='{problem.layout}'"
+        )
+    view = bhsd_view(view, problem.layout)
+    if dlse is None:
+        return view, None
+    row = plain(dlse, "dlse")
+    accumulation(row.dtype, "dlse")
+    if row.shape != lse_shape(problem):
+        raise ValueError(
+            f"dlse has shape {row.shape}; it takes {lse_shape(problem)}, lse's in layout='{problem.layout}'"
+        )
+    return view, bhsd_view(row, problem.layout)
+
+
+def check_results(problem: Problem, out: Any, lse: Any) -> tuple[Array, Array]:
+    """`out` (B, Hq, Sq, Dv) and `lse` (B, Hq, Sq) of a forward call: views of the caller's arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one has not the shape and dtype that `attention(..., return_lse=True)` gives.
+    """
+    views = []
+    for x, name, shape, dtype in (
+        (out, "out", output_shape(problem), problem.dtype),
+        (lse, "lse", lse_shape(problem), np.dtype(problem.acc)),
+    ):
+        array = plain(x, name)
+        if array.dtype != dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}; it takes {dtype}, as attention(return_lse=True) gave it")
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}; it takes {shape}, as attention(return_lse=True) gave it")
+        views.append(bhsd_view(array, problem.layout))
+    return views[0], views[1]
+
+
+def sink_gradient(problem: Problem, lse: Array, deltas: Array) -> Array:
+    """(Hq,) in float64: minus the sum over batch and queries of exp(sink - lse) (rowsum(dout out) - dlse).
+
+    lse and deltas are (B, Hq, Sq). Where lse is -inf there is no sink: a query in no sequence, or a sink of -inf.
+    """
+    assert problem.sinks is not None
+    log_sum, sinks = lse.astype(np.float64), problem.sinks[:, None].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # where lse is -inf
+        terms = np.where(log_sum == -np.inf, 0.0, np.exp(sinks - log_sum) * deltas)
+    return np.asarray(-terms.sum(axis=(0, 2)))
+
+
+def check_tangent(x: Any, of: Any, name: str) -> Array | None:
+    """The direction `x` of the argument `of`, as a base-class view; None for none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no array of floats, has another shape, or belongs to an argument that is not given.
+    """
+    if x is None:
+        return None
+    if of is None:
+        raise ValueError(f"{name}_dot is given, but {name} is not")
+    array = plain(x, f"{name}_dot")
+    accumulation(array.dtype, f"{name}_dot")
+    if array.shape != np.shape(of):
+        raise ValueError(f"{name}_dot has shape {array.shape}; it takes {name}'s, {np.shape(of)}")
+    return array
+
+
+def check_aux_tangents(aux_dot: Any, aux: tuple[Array, ...]) -> tuple[Array | None, ...]:
+    """An array or None for each array of aux: see `check_tangent`."""
+    if aux_dot is None:
+        return (None,) * len(aux)
+    if not isinstance(aux_dot, (tuple, list)) or len(aux_dot) != len(aux):
+        raise ValueError(f"aux_dot takes a tuple with an array or None for each of the {len(aux)} arrays of aux")
+    check_aux_grad([n for n, x in enumerate(aux_dot) if x is not None], aux)
+    return tuple(check_tangent(x, a, f"aux[{n}]") for n, (x, a) in enumerate(zip(aux_dot, aux, strict=True)))
