@@ -86,7 +86,7 @@ def overhead() -> None:
     na.attention(q, k, v, causal=True)
     plain = next(iter(api._PLAIN.values()))  # the launch of this very call
     kernel, drain = launch.entry(np.dtype(np.float32)), launch.drain_address("f32")
-    out, call = np.empty_like(q), np.empty(launch.N_FIELDS + 1, np.int64)
+    out, call = np.empty_like(q), np.empty(launch.N_FIELDS + launch.CALL_EXTRA + plain.scratch // 8, np.int64)
     no_lse = launch._NO_LSE["f32"]
 
     def repeat(f: Callable[[], object]) -> None:

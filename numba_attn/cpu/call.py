@@ -8,7 +8,8 @@ from numba.core import types
 from numba.extending import intrinsic
 from numba.np import numpy_support
 
-from .simd import ROW
+from .compile import inner
+from .simd import ROW, fetch_add, i64_ptr
 
 # Storage codes of q, k, v, out, bias and the gradients.
 F32, F64, F16, BF16 = 0, 1, 2, 3
@@ -42,9 +43,9 @@ CALL = np.dtype(
     )
     + _fields("", "drop drop_below seed")
     + _fields("at_", "s q o state sums infos table bounds lanes visible seen bias rows k v")
-    + _fields("", "scratch")
-    # The backward kernels read these besides. derivatives: the score step keeps the derivatives of what it does.
-    + _fields("", "derivatives dout dq dk dv dlse log_sums deltas rows heads whole partial head_size done")
+    + _fields("", "scratch memory")
+    # The backward kernels read these besides.
+    + _fields("", "dout dq dk dv dlse log_sums deltas rows heads whole partial head_size done")
     + [field for array in ("dout", "dq", "dk", "dv") for field in _fields(array + "_", "b h s d")]
     + _fields("dlse_", "b h s")
     + _fields("", "dbias dbias_whole dslopes dslopes_b aux_grad aux_sums unit_of_head unit_of_range")
@@ -96,3 +97,10 @@ def call_record(typingctx, address):
         return builder.inttoptr(args[0], context.get_value_type(record))
 
     return record(types.intp), codegen
+
+
+@inner
+def own_scratch(call):
+    """The scratch memory of one of the threads that work on a call: each asks once. The counters are two numbers, work
+    items and threads."""
+    return call.memory + call.scratch * fetch_add(i64_ptr(call.counter) + 1, 1)

@@ -186,8 +186,20 @@ class _InnerLibrary(JITCodeLibrary):
         return super().get_pointer_to_function(name)
 
 
-# For the functions that a kernel is made of; they cannot be called from Python.
-inner = njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# For the functions that a kernel is made of; they cannot be called from Python. (no_rewrites: nothing here is an array
+# expression, and looking for one takes a twentieth of the compile time.)
+inner = njit(
+    error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True
+)
+
+_OUTLINED: set[str] = set()
+
+
+def outlined(py_func):
+    """inner() for what runs once a tile or a block, or seldom: LLVM leaves it a function, which saves a tenth of the
+    compile time and nothing at run time."""
+    _OUTLINED.add(f"{len(py_func.__name__)}{py_func.__name__}B")  # as it stands in the mangled name
+    return inner(py_func)
 
 
 class _KernelLibrary(JITCodeLibrary):
@@ -198,6 +210,8 @@ class _KernelLibrary(JITCodeLibrary):
         for fn in self._final_module.functions:
             if not fn.is_declaration and fn.linkage == llvm.Linkage.linkonce_odr:
                 fn.linkage = llvm.Linkage.internal
+                if any(name in fn.name for name in _OUTLINED):
+                    fn.add_function_attribute("noinline")
         super()._optimize_final_module()
 
 

@@ -1,8 +1,6 @@
 """Work items of the kernels that take tiles of queries: the forward pass and its tangent."""
 
-import numpy as np
-
-from .call import SEQUENCE, call_record
+from .call import SEQUENCE, call_record, own_scratch
 from .simd import fetch_add, i64_ptr
 
 
@@ -13,8 +11,7 @@ def work_items(attend):
         """Take work items off the shared counter until none is left; items are independent, so bits do not depend on
         who takes which."""
         call = call_record(call_at)
-        buffer = np.empty(call.scratch + 64, np.uint8)
-        scratch = (buffer.ctypes.data + 63) & ~63
+        scratch = own_scratch(call)
         first_item = i64_ptr(call.first_item)
         counter = i64_ptr(call.counter)
         while True:
@@ -42,6 +39,5 @@ def work_items(attend):
             first_tile = chunk if chunk < fine else fine + (chunk - fine) * call.tiles
             count = 1 if chunk < fine else min(call.tiles, n_tiles - first_tile)
             attend(call, sequence, kv_head, first_tile, count, scratch)
-        buffer[0] = 0  # must stay the last use: Numba frees an array after it, and addresses don't count
 
     return drain

@@ -58,7 +58,7 @@ def layout(elem: str, qk_dim: int, v_dim: int, bias: bool, modified: bool, drop:
 def build(elem: str):
     """drain(call_address): the worker for one accumulation type, "f32" or "f64"."""
     jit = inner
-    base, step = tiles.build(elem), scores.build(elem)
+    base, step = tiles.build(elem), scores.build(elem, derivatives=True)
     online_softmax = softmax.build(elem)
     L, W, acc, acc_ptr = base.L, base.W, base.acc, base.acc_ptr
     ACC_BYTES, ACC_STORAGE = base.ACC_BYTES, base.ACC_STORAGE

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..plan import Problem
 
 N_FIELDS = CALL.itemsize // 8
+CALL_EXTRA = 10  # two counters behind the record, and what it takes to align the scratch memory behind them
 INDEX = {name: n for n, name in enumerate(CALL.names or ())}
 
 # Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking
@@ -41,6 +42,7 @@ class Launch:
     template: np.ndarray
     flops: float
     n_items: int
+    scratch: int  # bytes for each thread
     fill: bool  # some query is in no sequence
     keep: list[Any] = field(default_factory=list)  # what the addresses in the template point to
 
@@ -50,8 +52,10 @@ def drain_address(elem: str) -> int:
     return compile_cfunc(build(elem), types.void(types.intp), f"forward-{elem}")
 
 
-_FIXED = {n: INDEX[n] for n in ("q", "k", "v", "out", "lse", "q_b", "k_b", "v_b", "out_b", "lse_b", "counter")}
-_Q, _K, _V, _OUT, _LSE, _QB, _KB, _VB, _OB, _LB, _COUNTER = _FIXED.values()
+_FIXED = {
+    n: INDEX[n] for n in ("q", "k", "v", "out", "lse", "q_b", "k_b", "v_b", "out_b", "lse_b", "counter", "memory")
+}
+_Q, _K, _V, _OUT, _LSE, _QB, _KB, _VB, _OB, _LB, _COUNTER, _MEMORY = _FIXED.values()
 
 
 def _entry(q, k, v, out, lse, template, call, drain):
@@ -73,7 +77,9 @@ def _entry(q, k, v, out, lse, template, call, drain):
             call[_LB + x] = lse.strides[x]
     at = call.ctypes.data
     call[N_FIELDS] = 0
+    call[N_FIELDS + 1] = 0
     call[_COUNTER] = at + 8 * N_FIELDS
+    call[_MEMORY] = (at + 8 * (N_FIELDS + 2) + 63) & ~63
     if drain:
         call_address(drain, at)
     return at
@@ -99,10 +105,13 @@ def set_array(record, name: str, array: np.ndarray, axes: str) -> None:
 
 def run_drain(record_array: np.ndarray, drain: int, n_items: int, n_threads: int) -> None:
     """Have the work items of a whole record drained; releases the GIL."""
-    counter = np.zeros(1, np.int64)
-    record_array[0]["counter"], record_array[0]["n_items"] = counter.ctypes.data, n_items
-    if n_threads > 1 and n_items > 1:
-        threads.run(record_array.ctypes.data, drain, min(n_threads, n_items))
+    record = record_array[0]
+    n = max(1, min(n_threads, n_items))
+    counters, memory = np.zeros(2, np.int64), np.empty(n * int(record["scratch"]) + 64, np.uint8)
+    record["counter"], record["memory"] = counters.ctypes.data, (memory.ctypes.data + 63) & ~63
+    record["n_items"] = n_items
+    if n > 1:
+        threads.run(record_array.ctypes.data, drain, n)
     elif n_items:
         ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(drain)(record_array.ctypes.data)
 
@@ -262,6 +271,7 @@ def prepare(problem: Problem, want_lse: bool) -> Launch:
         template=record_array.view(np.int64),
         flops=2.0 * pairs * (qk + dv),
         n_items=int(first_item[-1]),
+        scratch=offsets["scratch"],
         fill=int(q_lens.sum()) < problem.batch * problem.q_len,
         keep=keep,
     )
@@ -280,8 +290,11 @@ def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.nda
         q, k, v, out = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
     if lse is None:
         lse = _NO_LSE[launch.elem]
-    call = np.empty(N_FIELDS + 1, np.int64)
-    if launch.flops <= SERIAL_FLOPS or launch.n_items < 2 or (n := min(threads.usable(), launch.n_items)) == 1:
+    n = 1
+    if launch.flops > SERIAL_FLOPS and launch.n_items > 1:
+        n = min(threads.usable(), launch.n_items)
+    call = np.empty(N_FIELDS + CALL_EXTRA + n * launch.scratch // 8, np.int64)
+    if n == 1:
         launch.kernel(q, k, v, out, lse, launch.template, call, launch.drain)
     else:
         threads.run(launch.kernel(q, k, v, out, lse, launch.template, call, 0), launch.drain, n)

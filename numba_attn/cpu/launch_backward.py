@@ -93,7 +93,7 @@ def backward(
     kv_heads, kv_len, dv_dim = problem.kv_heads, problem.kv_len, problem.v_dim
     rows, block = tile_width(elem, problem.left, problem.right), key_block(elem, max(qk, dv_dim))
     record["tile_rows"], record["block"] = rows, block
-    record["derivatives"], record["scale"] = 1, problem.scale
+    record["scale"] = problem.scale
     record["rows"], record["heads"] = q_len, q_heads
     halves = problem.dtype.name not in ("float32", "float64")
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}

@@ -52,7 +52,7 @@ def jvp(
     kv_heads, dv = problem.kv_heads, problem.v_dim
     rows = tile_width(elem, problem.left, problem.right)
     record["tile_rows"], record["block"], record["tiles"] = rows, key_block(elem, qk), TILES
-    record["derivatives"], record["scale"] = 1, problem.scale
+    record["scale"] = problem.scale
     natural = problem.softcap != 0.0 or problem.score_mod is not None
     record["dot_unit"] = 1.0 if natural else LN2  # K. Q' is in the units of Q', and S. in natural ones
     halves = problem.dtype.name not in ("float32", "float64")

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import tiles
 from .call import OPEN
-from .compile import inner
+from .compile import inner, outlined
 from .modifiers import MATH
 from .simd import (
     address_of,
@@ -40,8 +40,8 @@ def info_size(w: int) -> int:
 
 
 @cache
-def build(elem: str) -> SimpleNamespace:
-    """The functions for accumulation type "f32" or "f64", to be inlined into kernels."""
+def build(elem: str, derivatives: bool = False) -> SimpleNamespace:
+    """The functions for accumulation type "f32" or "f64", to be inlined into kernels; derivatives: see above."""
     jit = inner
     base = tiles.build(elem)
     L, W, acc, acc_ptr = base.L, base.W, base.acc, base.acc_ptr
@@ -52,7 +52,7 @@ def build(elem: str) -> SimpleNamespace:
 
     # ------------------------------------------------------------ hidden pairs
 
-    @jit
+    @outlined
     def hide(s, visible, w, first, last):
         """-inf where the byte of visible is 0, whatever stood there."""
         for x in range(first * w, last * w, L):
@@ -74,7 +74,7 @@ def build(elem: str) -> SimpleNamespace:
                 at, row = splat(np.int32(j), L), s + (j * w + c)
                 store(row, select((low <= at) & (at < high), load(row, L), splat(NEG_INF, L)))
 
-    @jit
+    @outlined
     def interval_bytes(visible, w, first, last, bounds):
         """visible[j, lane]: whether the lane's interval holds the key."""
         for c in range(0, w, L):
@@ -85,7 +85,7 @@ def build(elem: str) -> SimpleNamespace:
 
     # ------------------------------------------------------------ pair masks and modifiers
 
-    @jit
+    @outlined
     def mask_bytes(call, n, b, heads, rows, w, count, key, keys, table, seen, visible):
         """visible &= the n-th bool array."""
         spec = i64_ptr(call.masks) + 5 * n
@@ -99,7 +99,7 @@ def build(elem: str) -> SimpleNamespace:
         for x in range(keys * w):
             visible[x] = visible[x] if seen[x] else 0
 
-    @jit
+    @outlined
     def segment_bytes(call, n, b, rows, w, count, key, keys, visible):
         spec = i64_ptr(call.segments) + 4 * n
         q_ids, k_ids = i64_ptr(spec[0] + b * spec[1]), i64_ptr(spec[2] + b * spec[3]) + key
@@ -109,7 +109,7 @@ def build(elem: str) -> SimpleNamespace:
                 if k_ids[j] != own:
                     visible[j * w + r] = 0
 
-    @jit
+    @outlined
     def mod_calls(fn, aux, target, b, heads, rows, w, count, key, keys):
         """fn over the tile, one call a run of lanes that share a head: fn(target, w, lanes, b, h, i0, key, keys,
         aux)."""
@@ -121,7 +121,7 @@ def build(elem: str) -> SimpleNamespace:
             call_address(fn, address_of(target + r), w, end - r, b, heads[r], rows[r], key, keys, aux)
             r = end
 
-    @jit
+    @outlined
     def slope_calls(fn, aux, target, slope, b, heads, rows, w, count, key, keys):
         """mod_calls() for a function that also writes its derivative: fn(target, slope, w, lanes, ...)."""
         r = 0
@@ -133,13 +133,13 @@ def build(elem: str) -> SimpleNamespace:
             call_address(fn, at, to, w, end - r, b, heads[r], rows[r], key, keys, aux)
             r = end
 
-    @jit
+    @outlined
     def softcap(s, w, first, last, scale_in, scale_out):
         """c tanh(s / c)."""
         for x in range(first * w, last * w):
             s[x] = acc(scale_out) * tanh(s[x] * acc(scale_in))
 
-    @jit
+    @outlined
     def softcap_slopes(s, curve, w, first, last, scale_in, scale_out):
         """softcap() that keeps its derivative, 1 - tanh(s / c)**2."""
         for x in range(first * w, last * w):
@@ -147,12 +147,12 @@ def build(elem: str) -> SimpleNamespace:
             s[x] = acc(scale_out) * t
             curve[x] = ONE - t * t
 
-    @jit
+    @outlined
     def add_bias(s, bias, w, first, last, unit):
         for x in range(first * w, last * w):
             s[x] = s[x] + bias[x] * acc(unit)
 
-    @jit
+    @outlined
     def add_alibi(s, slopes, position, w, first, last):
         """s -= slope |i + offset - j|; slopes carry the unit; position is relative to the block."""
         for j in range(first, last):
@@ -170,7 +170,7 @@ def build(elem: str) -> SimpleNamespace:
             k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
         return c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
 
-    @jit
+    @outlined
     def dropout(call, p, b, heads, rows, w, count, key, first, last):
         """Weights of dropped pairs become 0, the others are divided by the chance to stay; l is summed already."""
         k0, k1 = np.uint64(call.seed) & np.uint64(0xFFFFFFFF), np.uint64(call.seed) >> np.uint64(32)
@@ -187,7 +187,7 @@ def build(elem: str) -> SimpleNamespace:
     COUNT, WIDTH, LOW, HIGH, INNER_LOW, INNER_HIGH, FINITE, FINITE_2, ROWS_AT = 0, 1, 2, 3, 4, 5, 6, 7, TILE_INFO
     HEADS_AT, LO_AT, HI_AT, INFO = ROWS_AT + W, ROWS_AT + 2 * W, ROWS_AT + 3 * W, info_size(W)
 
-    @jit
+    @outlined
     def locate(call, sequence, kv_head, index, info):
         """Which queries tile `index` of a (sequence, key head) holds, and which keys they may see, counted from the
         sequence's start."""
@@ -326,7 +326,7 @@ def build(elem: str) -> SimpleNamespace:
             for x in range(first * w, last * w):
                 s[x] = s[x] + (s[x] - s[x])
         if call.use_softcap:
-            if call.derivatives:
+            if derivatives:
                 curve = acc_ptr(scratch + call.at_curve)
                 softcap_slopes(s, curve, w, first, last, call.softcap_in, call.softcap_out)
             else:
@@ -342,7 +342,7 @@ def build(elem: str) -> SimpleNamespace:
             add_alibi(s, lanes, lanes + W, w, first, last)
         if call.score_mod:
             part_s = s + first * w
-            if call.derivatives:
+            if derivatives:
                 raw, slope = acc_ptr(scratch + call.at_raw), acc_ptr(scratch + call.at_slope) + first * w
                 for x in range(first * w, last * w):
                     raw[x] = s[x]

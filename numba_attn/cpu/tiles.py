@@ -16,7 +16,7 @@ import numpy as np
 
 from . import simd
 from .call import F16, F32, F64
-from .compile import inner
+from .compile import inner, outlined
 from .simd import (
     ROW,
     address_of,
@@ -232,7 +232,7 @@ def build(elem: str) -> SimpleNamespace:
 
     # ------------------------------------------------------------ reading and writing the caller's arrays
 
-    @jit
+    @outlined
     def read_row(address, stride, storage, dst, n):
         """n numbers of any storage type, stride bytes apart, as accumulation type."""
         if storage == F32:
@@ -263,7 +263,7 @@ def build(elem: str) -> SimpleNamespace:
                 for c in range(n):
                     dst[c] = acc(simd.bfloat_to_float(u16_ptr(address + c * stride)[0]))
 
-    @jit
+    @outlined
     def write_row(src, address, stride, storage, n):
         """The inverse of read_row, for the storage types of out: the accumulation type, float16, bfloat16."""
         if storage == ACC_STORAGE:
@@ -276,7 +276,7 @@ def build(elem: str) -> SimpleNamespace:
             for c in range(n):
                 u16_ptr(address + c * stride)[0] = simd.float_to_bfloat(np.float32(src[c]))
 
-    @jit
+    @outlined
     def gather(addresses, dst, w, n):
         """dst[c, r] = (row at addresses[r])[c] for c < n: rows of accumulation type, transposed."""
         whole = n - n % L
@@ -288,7 +288,7 @@ def build(elem: str) -> SimpleNamespace:
             for c in range(whole, n):
                 dst[c * w + r] = row[c]
 
-    @jit
+    @outlined
     def gather_bytes(addresses, dst, w, n):
         whole = n - n % L
         for r in range(0, w, L):
