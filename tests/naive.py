@@ -120,3 +120,92 @@ def truth(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[
 def rounding(dtype: np.dtype) -> float:
     """The spacing of the numbers of a dtype at 1."""
     return float(ml_dtypes.finfo(dtype).eps)
+
+
+def backward(
+    dtype: Any, dout: np.ndarray, dlse: np.ndarray | None, q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The gradients of `attention` without score_mod, every step in `dtype`: {name: (gradient, size)}.
+
+    The gradients are (B, H, S, D), and of bias, sinks and slopes in their own shape; `size` is the largest sum of
+    absolute values that an entry is made of, which says how far rounding may throw it. out is rounded to q's dtype, as
+    the caller keeps it.
+    """
+    p = resolve(q, k, v, **options)
+    assert p.score_mod is None, "the yardstick does not differentiate"
+    t = np.dtype(dtype).type
+    group = p.q_heads // p.kv_heads
+    qc, kc, vc = (x.astype(dtype) for x in (p.q, np.repeat(p.k, group, 1), np.repeat(p.v, group, 1)))
+    out, lse = attention(dtype, q, k, v, **options)
+    out = out.astype(p.dtype).astype(dtype)
+    do = plan.bhsd_view(dout, p.layout).astype(dtype)
+    s = t(p.scale) * (qc @ kc.swapaxes(-1, -2))
+    curve = np.ones_like(s)
+    if p.softcap:
+        tanh = np.tanh(s / t(p.softcap))
+        s, curve = t(p.softcap) * tanh, t(1) - tanh * tanh
+    seen = visible(p)
+    distance = np.abs(geometry(p)[1]).astype(dtype)
+    if p.bias is not None:
+        seen &= p.bias != -np.inf
+        s = s + p.bias.astype(dtype)
+    if p.slopes is not None:
+        s = s - p.slopes[:, :, None, None].astype(dtype) * distance
+    with np.errstate(all="ignore"):
+        weights = np.where(seen, np.exp(s - lse[..., None]), t(0))
+    keep = t(1)
+    if p.dropout_p:
+        keep = np.where(reference.dropout_keep(p), t(1) / t(1 - p.dropout_p), t(0))
+    dp = keep * (do @ vc.swapaxes(-1, -2))
+    empty = ~seen.any(-1)
+    delta = np.where(empty, t(0), (do * out).sum(-1, dtype=dtype))
+    if dlse is not None:
+        delta = delta - plan.bhsd_view(dlse[..., None], p.layout)[..., 0].astype(dtype)
+    ds = weights * (dp - delta[..., None])
+    size = weights * (np.abs(dp) + np.abs(delta[..., None]))
+    found: dict[str, tuple[np.ndarray, float]] = {}
+
+    def add(name: str, gradient: np.ndarray, sizes: np.ndarray) -> None:
+        found[name] = gradient, float(np.max(sizes, initial=0.0))
+
+    def by_group(x: np.ndarray) -> np.ndarray:
+        return x.reshape(p.batch, p.kv_heads, group, *x.shape[2:]).sum(2, dtype=dtype)
+
+    if p.bias is not None:
+        shape = options["bias"].shape
+        add("dbias", summed_to(ds, shape), summed_to(size, shape))
+    if p.slopes is not None:
+        shape = options["alibi_slopes"].shape
+        over = (2, 3) if len(shape) == 2 else (0, 2, 3)
+        add("dalibi_slopes", -(ds * distance).sum(over, dtype=dtype), (size * distance).sum(over))
+    if p.sinks is not None:
+        with np.errstate(all="ignore"):
+            weight = np.where(np.isneginf(lse), t(0), np.exp(p.sinks[:, None].astype(dtype) - lse))
+        add("dsinks", -(weight * delta).sum((0, 2), dtype=dtype), (weight * np.abs(delta)).sum((0, 2)))
+    ds, size = ds * curve * t(p.scale), np.abs(size * curve * t(p.scale))
+    add("dq", ds @ kc, size @ np.abs(kc))
+    add("dk", by_group(ds.swapaxes(-1, -2) @ qc), by_group(size.swapaxes(-1, -2) @ np.abs(qc)))
+    weights = weights * keep
+    add("dv", by_group(weights.swapaxes(-1, -2) @ do), by_group(weights.swapaxes(-1, -2) @ np.abs(do)))
+    return found
+
+
+def visible(p: plan.Problem) -> np.ndarray:
+    """bool (B, Hq, Sq, Sk): the pairs that every mask leaves visible. Those of bias -inf are among them."""
+    b, h, i, j = np.ogrid[: p.batch, : p.q_heads, : p.q_len, : p.kv_len]
+    seen = np.broadcast_to(geometry(p)[0], (p.batch, p.q_heads, p.q_len, p.kv_len)).copy()
+    if p.start is not None:
+        seen &= (p.start[..., None] <= j) & (j < p.end[..., None])
+    for q_ids, kv_ids in p.segments:
+        seen &= (q_ids[:, :, None] == kv_ids[:, None, :])[:, None]
+    for mask in p.masks:
+        seen &= mask
+    for fn, aux in p.mask_mods:
+        seen &= everywhere(fn, b, h, i, j, aux=aux, dtype=np.dtype(bool))
+    return seen
+
+
+def summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(B, H, Sq, Sk) summed over what an array of `shape` was broadcast along."""
+    axes = tuple(n for n, size in enumerate((1,) * (4 - len(shape)) + shape) if size == 1)
+    return x.sum(axis=axes, keepdims=True, dtype=x.dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""The tangent kernel against the dense reference, and against the backward kernel: <dout, jvp(x.)> = <vjp(dout), x.>."""
+"""The tangent kernel against the dense reference, and against the backward kernel: <dout, jvp(x)> = <vjp(dout), x>."""
 
 from typing import Any
 

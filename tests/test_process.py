@@ -227,6 +227,8 @@ SWEEP = """
 import sys
 from cases import SIMD_CASES, build
 from test_attention import check, check_every_half_number
+from test_backward import check as check_gradients
+from test_jvp import test_case as check_tangents
 from numba_attn.cpu.simd import ROW
 print(ROW.name, flush=True)
 failed = []
@@ -236,6 +238,8 @@ for case in SIMD_CASES[:: int((sys.argv + [1])[1])]:
     print("at", case.name, flush=True)
     try:
         check(*build(case))
+        check_gradients(*build(case))
+        check_tangents(case)
     except AssertionError as error:
         failed.append(f"{case.name}: {error}")
 print("\\n".join(failed) or "fine")

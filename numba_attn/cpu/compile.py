@@ -188,9 +188,7 @@ class _InnerLibrary(JITCodeLibrary):
 
 # For the functions that a kernel is made of; they cannot be called from Python. (no_rewrites: nothing here is an array
 # expression, and looking for one takes a twentieth of the compile time.)
-inner = njit(
-    error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True
-)
+inner = njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True)
 
 _OUTLINED: set[str] = set()
 

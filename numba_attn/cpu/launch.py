@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 N_FIELDS = CALL.itemsize // 8
 CALL_EXTRA = 10  # two counters behind the record, and what it takes to align the scratch memory behind them
 INDEX = {name: n for n, name in enumerate(CALL.names or ())}
+_FIRST_STRIDE = {name.removesuffix("_b"): n for name, n in INDEX.items() if name.endswith("_b")}
 
 # Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking
 # another.
@@ -97,10 +98,15 @@ def entry(storage: np.dtype[Any]):
     )
 
 
-def set_array(record, name: str, array: np.ndarray, axes: str) -> None:
-    record[name] = array.ctypes.data
-    for axis, stride in zip(axes, array.strides, strict=True):
-        record[f"{name}_{axis}"] = stride
+def set_array(record_array: np.ndarray, name: str, array: np.ndarray) -> None:
+    """The address of an array and its strides, whose fields lie side by side."""
+    numbers = record_array.view(np.int64)
+    numbers[INDEX[name]] = array.ctypes.data
+    at = _FIRST_STRIDE[name]
+    numbers[at : at + array.ndim] = array.strides
+
+
+_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)  # a call through it releases the GIL
 
 
 def run_drain(record_array: np.ndarray, drain: int, n_items: int, n_threads: int) -> None:
@@ -113,7 +119,7 @@ def run_drain(record_array: np.ndarray, drain: int, n_items: int, n_threads: int
     if n > 1:
         threads.run(record_array.ctypes.data, drain, n)
     elif n_items:
-        ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(drain)(record_array.ctypes.data)
+        _SERIAL(drain)(record_array.ctypes.data)
 
 
 def rows_in_place(x: np.ndarray) -> bool:
@@ -185,7 +191,7 @@ def describe(problem: Problem, elem: str, score_kind: str = "score") -> tuple[np
             record[f"bounds_{axis}"] = stride if n > 1 else 0
         keep += [problem.start, problem.end]
     if problem.bias is not None:
-        set_array(record, "bias", problem.bias, "bhij")
+        set_array(record_array, "bias", problem.bias)
         record["bias_storage"] = STORAGE[problem.bias.dtype.name]
         keep.append(problem.bias)
     if problem.masks:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba.core import types
 
 from . import threads
 from .backward import RANGES, build, build_delta, key_block, layout, range_keys
-from .call import tile_rows
+from .call import CALL, tile_rows
 from .compile import compile_cfunc
 from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, rows_in_place, run_drain, set_array, tile_width
 from .modifiers import tile_function
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
 # for each head, and the largest one in all: then a single thread takes all heads.
 MOST_SUMS = 2**28
+HEAD_WORK = 5e4  # what a head costs besides its products, in floating-point operations: about a microsecond
 
 
 @cache
@@ -31,6 +33,73 @@ def delta_address(elem: str) -> int:
 @cache
 def drain_address(elem: str) -> int:
     return compile_cfunc(build(elem), types.void(types.intp), f"backward-{elem}")
+
+
+_layout = cache(layout)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a problem alone decides."""
+
+    template: np.ndarray  # a CALL record, as int64
+    keep: list[Any]  # what its addresses point to
+    elem: str
+    heads: int  # sequences times key heads
+    head_size: int  # numbers in the longest head's dQ'
+    longest: int  # keys of the longest sequence
+    queries: int
+    keys: int
+    work: float  # floating-point operations, and a share for each head
+
+
+_CALLS: dict[Any, _Call] = {}
+_MOST_CALLS = 256
+
+
+def _prepared(problem: Problem) -> _Call:
+    """The call of a problem; remembered where nothing of it is call data."""
+    key = None
+    if (
+        problem.start is problem.bias is problem.slopes is problem.sinks is problem.score_mod is None
+        and not problem.masks
+        and not problem.segments
+        and not problem.mask_mods
+        and problem.dropout_p == 0.0
+    ):
+        key = (
+            problem.dtype, problem.q.shape, problem.k.shape, problem.v.shape, problem.scale, problem.softcap,
+            problem.left, problem.right, problem.has_prefix, problem.sequences.tobytes(),
+        )  # fmt: skip
+        if (known := _CALLS.get(key)) is not None:
+            return known
+    elem = elem_of(problem.dtype)
+    template, keep = describe(problem, elem, "score_grad")
+    record, sequences = template[0], keep[0]
+    _, q_heads, q_len, qk = problem.q.shape
+    rows = tile_width(elem, problem.left, problem.right)
+    record["tile_rows"], record["block"] = rows, key_block(elem, max(qk, problem.v_dim))
+    record["scale"], record["rows"], record["heads"] = problem.scale, q_len, q_heads
+    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
+    tiles = count_tiles(q_lens, rows, q_heads // problem.kv_heads)
+    heads = len(sequences) * problem.kv_heads
+    record["head_size"] = head_size = int(tiles.max(initial=0)) * qk * tile_rows(elem)
+    call = _Call(
+        template=template.view(np.int64),
+        keep=keep,
+        elem=elem,
+        heads=heads,
+        head_size=head_size,
+        longest=int(k_lens.max(initial=0)),
+        queries=int(q_lens.sum()),
+        keys=int(k_lens.sum()),
+        work=5.0 * float((q_lens * k_lens).sum()) * q_heads * (qk + problem.v_dim) + HEAD_WORK * heads,
+    )
+    if key is not None:
+        if len(_CALLS) >= _MOST_CALLS:
+            _CALLS.clear()
+        _CALLS[key] = call
+    return call
 
 
 class _Sums:
@@ -84,35 +153,23 @@ def backward(
     dbias, dslopes, daux : arrays of float64 or of the accumulation type
     deltas : (B, Hq, Sq), rowsum(dout out) - dlse
     """
-    elem = elem_of(problem.dtype)
-    acc = problem.acc
-    modified = problem.score_mod is not None
-    record_array, keep = describe(problem, elem, "score_grad")
-    record, sequences = record_array[0], keep[0]
+    call = _prepared(problem)
+    elem, acc, heads = call.elem, problem.acc, call.heads
+    record_array = call.template.copy().view(CALL)  # as numbers: a copy of a record goes field by field
+    record = record_array[0]
     batch, q_heads, q_len, qk = problem.q.shape
-    kv_heads, kv_len, dv_dim = problem.kv_heads, problem.kv_len, problem.v_dim
-    rows, block = tile_width(elem, problem.left, problem.right), key_block(elem, max(qk, dv_dim))
-    record["tile_rows"], record["block"] = rows, block
-    record["scale"] = problem.scale
-    record["rows"], record["heads"] = q_len, q_heads
+    kv_len, dv_dim = problem.kv_len, problem.v_dim
     halves = problem.dtype.name not in ("float32", "float64")
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
     for name, array in arrays.items():
-        set_array(record, name, array.view(np.uint16) if halves else array, "bhsd")
-    set_array(record, "lse", lse, "bhs")
+        set_array(record_array, name, array.view(np.uint16) if halves else array)
+    set_array(record_array, "lse", lse)
     if dlse is not None:
-        set_array(record, "dlse", dlse, "bhs")
-
+        set_array(record_array, "dlse", dlse)
     stats = np.empty((2, batch, q_heads, q_len), acc)
-    record["log_sums"], record["deltas"] = stats[0].ctypes.data, stats[1].ctypes.data
-
-    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
-    group = q_heads // kv_heads
-    tiles = count_tiles(q_lens, rows, group)
-    heads = len(sequences) * kv_heads
-    head_size = int(tiles.max(initial=0)) * qk * tile_rows(elem)
-    pairs = float((q_lens * k_lens).sum()) * q_heads
-    n_threads = 1 if 5 * pairs * (qk + dv_dim) <= SERIAL_FLOPS else threads.usable()
+    record["log_sums"] = at = stats.ctypes.data
+    record["deltas"] = at + stats.strides[0]
+    n_threads = 1 if call.work <= SERIAL_FLOPS else threads.usable()
 
     aux_shapes = [a.shape for a, wanted in zip(problem.aux, asked, strict=False) if wanted]
     whole_bias = dbias_shape == (batch, q_heads, q_len, kv_len)
@@ -124,7 +181,7 @@ def backward(
     if dbias_shape is not None and whole_bias:
         dbias = np.zeros(dbias_shape, acc)
         record["dbias_whole"] = 1
-        set_array(record, "dbias", dbias, "bhij")
+        set_array(record_array, "dbias", dbias)
     elif dbias_shape is not None:
         dbias = sums.zeros(dbias_shape)
         record["dbias"], record["dbias_unit"] = dbias.ctypes.data, dbias.strides[0]
@@ -147,31 +204,29 @@ def backward(
     if shapes and sums.units == 1:
         n_threads = 1
     one_by_one = 0 if n_threads == 1 or (shapes and sums.units == heads) else min(n_threads, heads)
-    partial = np.empty((one_by_one * RANGES, head_size), acc)
+    partial = np.empty((one_by_one * RANGES, call.head_size), acc)
     done = np.zeros(one_by_one, np.int64)
-    record["whole"], record["partial"], record["head_size"] = heads - one_by_one, partial.ctypes.data, head_size
-    record["done"] = done.ctypes.data
+    record["whole"], record["partial"], record["done"] = heads - one_by_one, partial.ctypes.data, done.ctypes.data
     copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
-    offsets = layout(
+    offsets = _layout(
         elem,
         qk,
         dv_dim,
-        range_keys(elem, max(qk, dv_dim), int(k_lens.max(initial=0))),
-        head_size if one_by_one < heads else 0,
+        range_keys(elem, max(qk, dv_dim), call.longest),
+        call.head_size if one_by_one < heads else 0,
         copies,
         problem.bias is not None,
-        modified or problem.softcap != 0.0,
+        problem.score_mod is not None or problem.softcap != 0.0,
         problem.dropout_p > 0,
     )
     for name, offset in offsets.items():
         record[name] = offset
 
-    if int(q_lens.sum()) < batch * q_len:
+    if call.queries < batch * q_len:
         dq[...] = 0
-    if int(k_lens.sum()) < batch * kv_len:
+    if call.keys < batch * kv_len:
         dk[...] = 0
         dv[...] = 0
-
     run_drain(record_array, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
     run_drain(record_array, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
 

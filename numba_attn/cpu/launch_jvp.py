@@ -60,11 +60,11 @@ def jvp(
     arrays |= {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "out_dot": out_dot}
     for name, array in arrays.items():
         if array is not None:
-            set_array(record, name, array.view(np.uint16) if halves else array, "bhsd")
-    set_array(record, "lse", lse, "bhs")
-    set_array(record, "lse_dot", lse_dot, "bhs")
+            set_array(record_array, name, array.view(np.uint16) if halves else array)
+    set_array(record_array, "lse", lse)
+    set_array(record_array, "lse_dot", lse_dot)
     if bias_dot is not None:
-        set_array(record, "bias_dot", bias_dot, "bhij")
+        set_array(record_array, "bias_dot", bias_dot)
         record["bias_dot_storage"] = STORAGE[bias_dot.dtype.name]
     if slopes_dot is not None:
         record["slopes_dot"] = slopes_dot.ctypes.data
