@@ -468,7 +468,8 @@ def attention_jvp(
 
     shape, rows = plan.output_shape(problem), plan.lse_shape(problem)
     out, out_dot = np.empty(shape, problem.dtype), np.empty(shape, problem.dtype)
-    lse, lse_dot = np.empty(rows, problem.acc), np.empty(rows, problem.acc)
+    acc: np.dtype[Any] = np.dtype(problem.acc)
+    lse, lse_dot = np.empty(rows, acc), np.empty(rows, acc)
     if _jit_is_off():
         _dense_jvp(
             (out, lse, out_dot, lse_dot), q, k, v, q_dot, k_dot, v_dot, options,
@@ -533,12 +534,14 @@ def _backward(
 
     bias, slopes, sinks = options["bias"], options["alibi_slopes"], options["sinks"]
     dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in inputs)
-    views = (plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv))
+    dq_view, dk_view, dv_view = (plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv))
     bias_shape = None if bias is None else (1,) * (4 - bias.ndim) + bias.shape
     slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
     if dlse is not None and dlse.dtype != problem.acc:
         dlse = dlse.astype(problem.acc)
-    dbias, dslopes, daux, deltas = backward(problem, out, lse, dout, dlse, *views, bias_shape, slopes_shape, asked)
+    dbias, dslopes, daux, deltas = backward(
+        problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
+    )
     return Gradients(
         dq,
         dk,
@@ -634,8 +637,12 @@ def _dense_backward(
         **options,
     )
     given = (*inputs, options["bias"], options["sinks"], options["alibi_slopes"])
-    cast = [None if g is None else g.astype(x.dtype) for g, x in zip(found[:6], given, strict=True)]
-    return Gradients(*cast, None if found.daux is None else _in_dtypes(found.daux, options["aux"]))
+    dq, dk, dv, dbias, dsinks, dslopes = (
+        None if g is None else g.astype(x.dtype) for g, x in zip(found[:6], given, strict=True)
+    )
+    assert dq is not None and dk is not None and dv is not None
+    daux = None if found.daux is None else _in_dtypes(found.daux, options["aux"])
+    return Gradients(dq, dk, dv, dbias, dsinks, dslopes, daux)
 
 
 def _dense_jvp(

@@ -177,7 +177,8 @@ def backward(
     shapes += [dbias_shape] * (dbias_shape is not None and not whole_bias)
     sums = _Sums([int(np.prod(shape)) for shape in shapes if shape is not None], heads)
     record["unit_of_head"], record["unit_of_range"] = sums.per_head, sums.per_range
-    dbias = dslopes = None
+    dbias: np.ndarray | None = None
+    dslopes: np.ndarray | None = None
     if dbias_shape is not None and whole_bias:
         dbias = np.zeros(dbias_shape, acc)
         record["dbias_whole"] = 1
@@ -204,7 +205,7 @@ def backward(
     if shapes and sums.units == 1:
         n_threads = 1
     one_by_one = 0 if n_threads == 1 or (shapes and sums.units == heads) else min(n_threads, heads)
-    partial = np.empty((one_by_one * RANGES, call.head_size), acc)
+    partial: np.ndarray = np.empty((one_by_one * RANGES, call.head_size), acc)
     done = np.zeros(one_by_one, np.int64)
     record["whole"], record["partial"], record["done"] = heads - one_by_one, partial.ctypes.data, done.ctypes.data
     copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
