@@ -459,6 +459,48 @@ def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -
     check(*problem)
 
 
+# ---- a table that is learned ----
+
+
+def t5(s, b, h, i, j, table):
+    """A bias for each bucket of the distance, exact up to 4 and logarithmic beyond (Raffel et al. 2020)."""
+    distance = i - j
+    bucket = 8 if distance < 0 else 0
+    distance = abs(distance)
+    if distance < 4:
+        bucket += distance
+    else:
+        bucket += min(4 + int(math.log((distance + 0.5) / 4) / math.log(4.0) * 4), 7)
+    return s + table[bucket, h]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_relative_position_table_is_learned(dtype: str) -> None:
+    """T5's table, found again by gradient descent from what attention with it gave."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((4, heads, 70, 24)).astype(dtype) for heads in (4, 2, 2))
+    wanted, table = rng.standard_normal((16, 4)).astype(dtype), np.zeros((16, 4), dtype)
+    target = na.attention(q, k, v, score_mod=t5, aux=(wanted,))
+    losses, mean, square = [], np.zeros_like(table), np.zeros_like(table)
+    for n in range(1, 61):
+        out, pullback = na.attention_vjp(q, k, v, score_mod=t5, aux=(table,), aux_grad=(0,))
+        losses.append(float(((out - target) ** 2).sum() / 2))
+        grads = pullback(out - target)
+        if len(losses) == 1:
+            want = na.reference.attention_backward(
+                out - target, q, k, v, score_mod=t5, aux=(table,), aux_grad=(0,)
+            ).daux[0]
+            assert np.abs(grads.daux[0] - want).max() <= FLOOR[dtype] * np.abs(want).max()
+        mean, square = 0.9 * mean + 0.1 * grads.daux[0], 0.99 * square + 0.01 * grads.daux[0] ** 2  # Adam
+        step = mean / (1 - 0.9**n) / (np.sqrt(square / (1 - 0.99**n)) + 1e-8)
+        table = (table - 0.1 * step).astype(dtype)
+    assert losses[-1] < 1e-2 * losses[0]
+    # Bucket 8 has no distance, and a constant for a whole head changes no weight: the rest is known.
+    found, hidden = (np.delete(x, 8, axis=0) for x in (table, wanted))
+    found, hidden = (x - x.mean(axis=0) for x in (found, hidden))
+    assert np.abs(found - hidden).mean() < 0.25 * np.abs(hidden).mean()
+
+
 # ---- long sums ----
 
 
