@@ -45,15 +45,15 @@ from .simd import (
 )
 
 RANGES = 8
-TILES = 4  # of queries that share a pass over K and V, and one sum of dK and dV
+TILES = 2  # of queries that share a pass over K and V, and one sum of dK and dV: 1 to 8 are within 2 %
 
 
 def key_block(elem: str, head_dim: int) -> int:
     """Keys a block: a function of accumulation type and head size alone, since a row's bits depend on it.
 
-    Beside 256, 128 keys are 2 to 4 % slower, 64 keys 3 to 5, 512 keys no faster; 2, 3, 4 or 8 TILES are within 1 %. Nor
-    is it faster to take all ranges of a head with the same tiles, which are then loaded once: K, V, dK and dV of a head
-    leave the second-level cache (Zen 4, D = 64 and 128).
+    Beside 256, 128 keys are 2 to 4 % slower, 64 keys 3 to 5, 512 keys no faster. Nor is it faster to take all ranges of
+    a head with the same tiles, which are then loaded once: K, V, dK and dV of a head leave the second-level cache (Zen
+    4, D = 64 and 128).
     """
     keys = 256 if head_dim <= 128 else 128
     return keys if elem == "f32" else keys // 2
