@@ -170,22 +170,7 @@ def attention(
     _check_backend(backend)
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
-    options = dict(
-        causal=causal,
-        window=window,
-        align=align,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        aux=aux,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
+    options = _options(locals())
     problem = plan.resolve(q, k, v, **options)
     if out is None:
         result = np.empty(plan.output_shape(problem), problem.dtype)
@@ -264,22 +249,7 @@ def attention_vjp(
     >>> grads.dq.shape
     (1, 2, 16, 8)
     """
-    options = dict(
-        causal=causal,
-        window=window,
-        align=align,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        aux=aux,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
+    options = _options(locals())
     problem = plan.resolve(q, k, v, **options)
     check_aux_grad(aux_grad, problem.aux)
     result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
@@ -346,23 +316,8 @@ def attention_backward(
     >>> na.attention_backward(dout, q, k, v, out, lse).dv.shape
     (1, 2, 16, 8)
     """
+    options = _options(locals())
     _check_backend(backend)
-    options = dict(
-        causal=causal,
-        window=window,
-        align=align,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        aux=aux,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
     problem = plan.resolve(q, k, v, **options)
     asked = check_aux_grad(aux_grad, problem.aux)
     views = check_results(problem, out, lse)
@@ -435,25 +390,10 @@ def attention_jvp(
     >>> bool(np.allclose((further - out) / 1e-6, out_dot, atol=1e-5))
     True
     """
+    options = _options(locals())
     _check_backend(backend)
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
-    options = dict(
-        causal=causal,
-        window=window,
-        align=align,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        aux=aux,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
     problem = plan.resolve(q, k, v, **options)
     tangents: list[Array | None] = []
     for x, of, name in ((q_dot, q, "q"), (k_dot, k, "k"), (v_dot, v, "v")):
@@ -560,6 +500,17 @@ def _in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, 
 def _check_backend(backend: Any) -> None:
     if backend not in ("auto", "cpu"):
         raise ValueError(f"backend is {backend!r}; it takes 'auto' or 'cpu' (CUDA kernels are not in this release)")
+
+
+_OPTIONS = (
+    "causal", "window", "align", "mask", "bias", "scale", "softcap", "alibi_slopes", "sinks", "score_mod", "aux",
+    "dropout_p", "seed", "layout",
+)  # fmt: skip
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of a public function's arguments those that say what attention is: the keywords of `plan.resolve`."""
+    return {name: arguments[name] for name in _OPTIONS}
 
 
 def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
