@@ -250,6 +250,8 @@ def attention_vjp(
     (1, 2, 16, 8)
     """
     options = _options(locals())
+    if not isinstance(return_lse, (bool, np.bool_)):
+        raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     problem = plan.resolve(q, k, v, **options)
     check_aux_grad(aux_grad, problem.aux)
     result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
@@ -378,7 +380,8 @@ def attention_jvp(
 
     Notes
     -----
-    Of a hidden pair no tangent is read. A row that sees nothing has out_dot 0, and lse_dot that of its sink or 0.
+    Of a hidden pair no tangent is read. A row that sees nothing has out_dot 0, and lse_dot that of its sink or 0. Where
+    score_mod has a gradient of its own and reads not exactly one element of an array with a tangent, out_dot is NaN.
     The formulas stand at `reference.attention_jvp`.
 
     Examples
@@ -482,15 +485,16 @@ def _backward(
     dbias, dslopes, daux, deltas = backward(
         problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
     )
-    return Gradients(
-        dq,
-        dk,
-        dv,
-        None if dbias is None else dbias.reshape(bias.shape).astype(bias.dtype, copy=False),
-        None if sinks is None else sink_gradient(problem, lse, deltas).astype(sinks.dtype, copy=False),
-        None if dslopes is None else dslopes.reshape(slopes.shape).astype(slopes.dtype, copy=False),
-        _in_dtypes(daux, options["aux"]) if problem.score_mod is not None and problem.aux else None,
-    )
+    with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
+        return Gradients(
+            dq,
+            dk,
+            dv,
+            None if dbias is None else dbias.reshape(bias.shape).astype(bias.dtype, copy=False),
+            None if sinks is None else sink_gradient(problem, lse, deltas).astype(sinks.dtype, copy=False),
+            None if dslopes is None else dslopes.reshape(slopes.shape).astype(slopes.dtype, copy=False),
+            _in_dtypes(daux, options["aux"]) if problem.score_mod is not None and problem.aux else None,
+        )
 
 
 def _in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, ...]:

@@ -26,7 +26,7 @@ class Gradients(NamedTuple):
     daux: tuple[Array | None, ...] | None = None
 
 
-def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...]) -> tuple[bool, ...]:
+def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...], name: str = "aux_grad") -> tuple[bool, ...]:
     """Which arrays of aux get a gradient, from their positions.
 
     Raises
@@ -41,7 +41,7 @@ def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...]) -> tuple[bool, ...]:
             raise ValueError(f"aux_grad names position {n}; aux has {len(aux)} arrays, counted from 0")
         if aux[n].dtype.kind in "iub":
             raise TypeError(
-                f"aux_grad names position {n}, an array of {aux[n].dtype}; only arrays of floats have a gradient"
+                f"{name} names position {n}, an array of {aux[n].dtype}; only arrays of floats have a gradient"
             )
     return tuple(n in aux_grad for n in range(len(aux)))
 
@@ -137,5 +137,5 @@ def check_aux_tangents(aux_dot: Any, aux: tuple[Array, ...]) -> tuple[Array | No
         return (None,) * len(aux)
     if not isinstance(aux_dot, (tuple, list)) or len(aux_dot) != len(aux):
         raise ValueError(f"aux_dot takes a tuple with an array or None for each of the {len(aux)} arrays of aux")
-    check_aux_grad([n for n, x in enumerate(aux_dot) if x is not None], aux)
+    check_aux_grad([n for n, x in enumerate(aux_dot) if x is not None], aux, "aux_dot")
     return tuple(check_tangent(x, a, f"aux[{n}]") for n, (x, a) in enumerate(zip(aux_dot, aux, strict=True)))

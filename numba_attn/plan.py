@@ -165,8 +165,10 @@ def resolve(
     else:
         takes = "a finite float > 0, or None for no softcap"
         softcap = _finite(softcap, "softcap", acc, takes)
-        if not acc(softcap) > 0:
-            raise ValueError(f"softcap is {softcap}; it takes {takes}")
+        with np.errstate(over="ignore"):
+            usable = acc(softcap) > 0 and np.isfinite(acc(1.0 / softcap))
+        if not usable:
+            raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
     if causal is not False and causal is not True:
         if not isinstance(causal, np.bool_):
             raise TypeError(

@@ -459,6 +459,57 @@ def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -
     check(*problem)
 
 
+# ---- numbers at the limit ----
+
+
+@pytest.mark.parametrize("dims", [(16, 8), (16, 1)])
+def test_a_visible_value_row_of_nan(dims: tuple[int, int]) -> None:
+    """Where every number of a row of out is NaN, the row still does not pass for one that sees nothing."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 2, 6, dims[0])).astype(np.float32) for _ in range(2))
+    v = rng.standard_normal((1, 2, 6, dims[1])).astype(np.float32)
+    v[:, :, 2] = np.nan
+    options = dict(causal=True, sinks=np.zeros(2, np.float32))
+    _, pullback = na.attention_vjp(q, k, v, **options)
+    dout = np.ones_like(v)
+    got, want = pullback(dout), na.reference.attention_backward(dout, q, k, v, **options)
+    for name, x, y in zip(got._fields, got, want, strict=True):
+        if y is not None:
+            assert (np.isfinite(x) == np.isfinite(y)).all(), name
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5, 1e8, 1e10])
+def test_weights_stay_weights(factor: float) -> None:
+    """lse is a rounded number: with scores of 1e8 it may be smaller than the largest of them by 8."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 1, 64, 16)).astype(np.float32) for _ in range(4))
+    q *= np.float32(factor)
+    _, pullback = na.attention_vjp(q, k, v)
+    grads = pullback(dout)
+    assert np.isfinite(grads.dq).all() and np.isfinite(grads.dk).all()
+    assert np.abs(grads.dv).sum() <= np.abs(dout).sum() * 16 and np.abs(grads.dv).max() <= np.abs(dout).sum()
+
+
+def test_softcap_with_an_infinite_inverse_is_refused() -> None:
+    x = np.ones((1, 1, 4, 8), np.float32)
+    with pytest.raises(ValueError, match="softcap is 1e-39"):
+        na.attention(x, x, x, softcap=1e-39)
+
+
+def test_return_lse_is_a_bool() -> None:
+    x = np.ones((1, 1, 4, 8))
+    with pytest.raises(TypeError, match="return_lse is 2"):
+        na.attention_vjp(x, x, x, return_lse=2)
+
+
+def test_float16_gradients_overflow_silently() -> None:
+    x, bias = np.ones((1, 1, 64, 8), np.float16), np.zeros((1, 1), np.float16)
+    v = (np.arange(64)[:, None] * np.ones((1, 1, 64, 8))).astype(np.float16)
+    _, pullback = na.attention_vjp(x, x, v, sinks=np.zeros(1, np.float16), bias=bias)
+    grads = pullback(np.full((1, 1, 64, 8), 6e4, np.float16))
+    assert np.isinf(grads.dsinks).all()
+
+
 # ---- a table that is learned ----
 
 

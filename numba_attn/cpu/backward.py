@@ -36,7 +36,6 @@ from .simd import (
     fetch_add,
     i64_ptr,
     load,
-    maximum,
     multiply_add,
     select,
     splat,
@@ -83,7 +82,7 @@ def layout(
             "s": TILES * tile,
             "dp": TILES * tile,
             "q": TILES * qk_dim * w * size,
-            "o": TILES * v_dim * w * size,
+            "o": max(TILES, 2) * v_dim * w * size,  # `delta` puts dout and out of a tile there
             "q_rows": TILES * padded(elem, qk_dim) * w * size,
             "dout_rows": TILES * padded(elem, v_dim) * w * size,
             "dq_tile": TILES * qk_dim * w * size,
@@ -94,7 +93,7 @@ def layout(
             "infos": TILES * info_size(w) * 8,
             "parts": TILES * 4 * 8,
             "bad": TILES * w * 8,
-            "flags": 2 * (keys // block + 1) * 8,
+            "flags": (keys // block + 1) * 8,
             "table": 2 * w * 8,
             "bounds": 2 * w * 4,
             "lanes": 2 * w * size,
@@ -118,7 +117,7 @@ def build_delta(elem: str):
     base = tiles.build(elem)
     L, W, acc, acc_ptr = base.L, base.W, base.acc, base.acc_ptr
     read_rows = base.read_rows
-    ZERO, NEG_INF = acc(0), acc(-np.inf)
+    ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
 
     @inner
     def delta(call, scratch, b, h, first):
@@ -134,23 +133,22 @@ def build_delta(elem: str):
         for r in range(w):
             table[r] = call.out + b * call.out_b + h * call.out_h + (first + min(r, count - 1)) * call.out_s
         read_rows(table, call.out_d, call.storage, rows_scratch, y, w, n)
-        zero = splat(ZERO, L)
+        zero, one = splat(ZERO, L), splat(ONE, L)
         for c in range(0, w, L):
-            even, odd, largest = zero, zero, zero
+            even, odd, used = zero, zero, zero
             for d in range(0, n - 1, 2):
                 at = d * w + c
                 o0, o1 = load(y + at, L), load(y + (at + w), L)
                 even = multiply_add(load(x + at, L), o0, even)
                 odd = multiply_add(load(x + (at + w), L), o1, odd)
-                largest = maximum(maximum(o0, zero - o0), largest)
-                largest = maximum(maximum(o1, zero - o1), largest)
+                used = select(o0 == zero, select(o1 == zero, used, one), one)  # NaN is no 0
             if n & 1:
                 at = (n - 1) * w + c
                 o0 = load(y + at, L)
                 even = multiply_add(load(x + at, L), o0, even)
-                largest = maximum(maximum(o0, zero - o0), largest)
+                used = select(o0 == zero, used, one)
             # out is 0 throughout in a row that sees nothing: its dout may hold anything
-            store(sums + c, select(largest == zero, zero, even + odd))
+            store(sums + c, select(used == zero, zero, even + odd))
         to = (b * call.heads + h) * call.rows + first
         log_sums, deltas = acc_ptr(call.log_sums), acc_ptr(call.deltas)
         for r in range(count):
@@ -197,14 +195,18 @@ def build(elem: str):
 
     @jit
     def weights(s, dp, log_sums, deltas, w, first, last):
-        """s: scores in, weights p out; dp: dP in, dS = p (dP - delta) out; both 0 for a hidden pair."""
+        """s: scores in, weights p out; dp: dP in, dS = p (dP - delta) out; both 0 for a hidden pair.
+
+        A weight is at most 1, also where the log sum of large scores is rounded to less than the largest.
+        """
         hidden, zero = splat(NEG_INF, L), splat(ZERO, L)
         for c in range(0, w, L):
             log_sum, delta = load(log_sums + c, L), load(deltas + c, L)
             for j in range(first, last):
                 at = j * w + c
                 x = load(s + at, L)
-                p = select(x == hidden, zero, exp2(x - log_sum))
+                y = x - log_sum
+                p = select(x == hidden, zero, exp2(select(y > zero, zero, y)))
                 ds = select(x == hidden, zero, p * (load(dp + at, L) - delta))
                 store(s + at, p)
                 store(dp + at, ds)
@@ -218,7 +220,8 @@ def build(elem: str):
             for j in range(first, last):
                 at = j * w + c
                 x, z = load(s + at, L), load(keep + at, L)
-                p = select(x == hidden, zero, exp2(x - log_sum))
+                y = x - log_sum
+                p = select(x == hidden, zero, exp2(select(y > zero, zero, y)))
                 ds = select(x == hidden, zero, p * (load(dp + at, L) * z - delta))
                 store(s + at, p * z)
                 store(dp + at, ds)

@@ -59,7 +59,7 @@ CALL = np.dtype(
     + _fields("lse_dot_", "b h s")
     + _fields("bias_dot_", "b h i j")
     + _fields("", "score_jvp aux_dot")
-    + _fields("at_", "s_dot more q_dot p_dot o_dot c k_dot v_dot")
+    + _fields("at_", "s_dot more q_dot p_dot o_dot k_dot v_dot")
     + [("dot_unit", np.float64)]
     + [(n, np.float64) for n in ("scale", "q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")]
 )
@@ -70,9 +70,6 @@ SEQUENCE = 7  # columns of the sequence table: batch, q_start, q_len, k_start, k
 def tile_rows(elem: str) -> int:
     """Queries of a full tile."""
     return ROW.nr * ROW.lanes(elem)
-
-
-TILE_INFO = 8  # counts in a tile's table, before row index, head, first and end key of each query
 
 
 def buffers(sizes: dict[str, int]) -> dict[str, int]:

@@ -7,7 +7,8 @@
     O' = O' alpha + V' P'        O.' = O.' alpha + V.' P' + V' (P' S.')
     out = O / l         lse = m + log l         lse. = c / l         out. = O. / l - lse. out
 
-since d softmax = P (S. - sum P S.). A tangent that is absent is 0 and costs nothing.
+since d softmax = P (S. - sum P S.). A tangent that is absent is 0 and costs nothing. Sums are two-level: at 65,536
+keys out is off by 5e-6 in float32, where the forward kernel, with a third level, is off by 1e-6.
 """
 
 import math

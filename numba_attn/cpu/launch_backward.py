@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def drain_address(elem: str) -> int:
     return compile_cfunc(build(elem), types.void(types.intp), f"backward-{elem}")
 
 
-_layout = cache(layout)
+_layout = lru_cache(256)(layout)
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ def backward(
     if shapes and sums.units == 1:
         n_threads = 1
     one_by_one = 0 if n_threads == 1 or (shapes and sums.units == heads) else min(n_threads, heads)
+    if heads >= n_threads:  # each thread has a head anyway: dealing out the last ones must not take much memory
+        one_by_one = min(one_by_one, MOST_SUMS // (RANGES * call.head_size * np.dtype(acc).itemsize + 1))
     partial: np.ndarray = np.empty((one_by_one * RANGES, call.head_size), acc)
     done = np.zeros(one_by_one, np.int64)
     record["whole"], record["partial"], record["done"] = heads - one_by_one, partial.ctypes.data, done.ctypes.data
@@ -242,6 +244,6 @@ def backward(
     return (
         dbias if dbias is None or whole_bias else dbias.sum(axis=0),
         None if dslopes is None else dslopes.sum(axis=0),
-        tuple(None if a is None else a.sum(axis=0) for a in daux),
+        tuple(None if a is None else np.asarray(a.sum(axis=0)) for a in daux),
         stats[1],
     )

@@ -82,8 +82,7 @@ def jvp(
     first_item = np.zeros(len(sequences) + 1, np.int64)
     np.cumsum(-(-tiles // TILES) * kv_heads, out=first_item[1:])
     record["first_item"] = first_item.ctypes.data
-    modified = problem.softcap != 0.0 or problem.score_mod is not None
-    for name, offset in layout(elem, qk, dv, True, modified, problem.dropout_p > 0).items():
+    for name, offset in layout(elem, qk, dv, problem.bias is not None, natural, problem.dropout_p > 0).items():
         record[name] = offset
     if int(q_lens.sum()) < batch * q_len:
         for array, empty in ((out, 0), (out_dot, 0), (lse, -np.inf), (lse_dot, 0)):
