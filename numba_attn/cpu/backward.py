@@ -24,7 +24,7 @@ import numpy as np
 
 from ..online import LOG2E
 from . import scores, tiles
-from .call import SEQUENCE, buffers, call_record, own_scratch, tile_rows
+from .call import SEQUENCE, buffers, call_record, own_scratch, tile_rows, tiles_of
 from .compile import inner
 from .scores import NONE, SOME, info_size
 from .simd import (
@@ -188,6 +188,7 @@ def build(elem: str):
     row_addresses, all_finite, copy_block = base.row_addresses, base.all_finite, base.copy_block
     locate, key_range, score_block, dropout = step.locate, step.key_range, step.score_block, step.dropout
     COUNT, WIDTH, LOW, HIGH, FINITE, FINITE_2 = step.COUNT, step.WIDTH, step.LOW, step.HIGH, step.FINITE, step.FINITE_2
+    clear_hidden, same_head = step.clear_hidden, step.same_head
     ROWS_AT, HEADS_AT, INFO = step.ROWS_AT, step.HEADS_AT, step.INFO
     ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
 
@@ -227,12 +228,6 @@ def build(elem: str):
                 store(dp + at, ds)
 
     @jit
-    def clear_hidden(s, slope, w, first, last):
-        """0 for the derivative of what hidden pairs were modified from."""
-        for x in range(first * w, last * w, L):
-            store(slope + x, select(load(s + x, L) == splat(NEG_INF, L), splat(ZERO, L), load(slope + x, L)))
-
-    @jit
     def chain(ds, slope, w, first, last):
         for x in range(first * w, last * w):
             ds[x] = ds[x] * slope[x]
@@ -244,9 +239,7 @@ def build(elem: str):
         """The gradients of aux, one call a run of lanes that share a head."""
         r = 0
         while r < count:
-            end = r + 1
-            while end < count and heads[end] == heads[r]:
-                end += 1
+            end = same_head(heads, r, count)
             at, weight, aux = address_of(raw + r), address_of(ds + r), call.score_aux
             call_address(call.aux_grad, at, weight, w, end - r, b, heads[r], rows[r], key, keys, aux, sums)
             r = end
@@ -408,11 +401,6 @@ def build(elem: str):
     # ------------------------------------------------------------ a range of keys, a head
 
     @jit
-    def count_tiles(call, q_len):
-        size, group = call.tile_rows, call.group
-        return (group * q_len + size - 1) // size if q_len < size else group * ((q_len + size - 1) // size)
-
-    @jit
     def write_keys(address, row_stride, stride, storage, src, ld, factor, rows, n):
         for j in range(rows):
             row = src + j * ld
@@ -457,7 +445,7 @@ def build(elem: str):
         )
         q_rows, dout_rows = acc_ptr(scratch + call.at_q_rows), acc_ptr(scratch + call.at_dout_rows)
         dq_tile = acc_ptr(scratch + call.at_dq_tile)
-        n_tiles = count_tiles(call, sequence[2])
+        n_tiles = tiles_of(call, sequence[2])
         for first_tile in range(0, n_tiles, TILES):
             n = min(TILES, n_tiles - first_tile)
             from_key, to_key = high, low
@@ -515,7 +503,7 @@ def build(elem: str):
         factor, rows_scratch = acc_ptr(scratch + call.at_state), acc_ptr(scratch + call.at_rows)
         for r in range(W):
             factor[r] = acc(call.scale)
-        for t in range(count_tiles(call, sequence[2])):
+        for t in range(tiles_of(call, sequence[2])):
             locate(call, sequence, kv_head, t, info)
             w, count, at = info[WIDTH], info[COUNT], call.dq + b * call.dq_b
             row_addresses(table, at, call.dq_h, call.dq_s, info + HEADS_AT, info + ROWS_AT, w, count)
@@ -536,7 +524,7 @@ def build(elem: str):
             sequence, kv_head = i64_ptr(call.sequences) + SEQUENCE * (head // call.kv_heads), head % call.kv_heads
             k_len, block = sequence[4], call.block
             run = ((k_len + block - 1) // block + RANGES - 1) // RANGES * block
-            n = count_tiles(call, sequence[2]) * call.qk_dim * W
+            n = tiles_of(call, sequence[2]) * call.qk_dim * W
             dq = acc_ptr(scratch + call.at_dq)
             if fine >= 0:
                 dq = acc_ptr(call.partial + fine * call.head_size * ACC_BYTES)

@@ -101,3 +101,10 @@ def own_scratch(call):
     """The scratch memory of one of the threads that work on a call: each asks once. The counters are two numbers, work
     items and threads."""
     return call.memory + call.scratch * fetch_add(i64_ptr(call.counter) + 1, 1)
+
+
+@inner
+def tiles_of(call, q_len):
+    """Tiles of the q_len queries of one key head."""
+    size, group = call.tile_rows, call.group
+    return (group * q_len + size - 1) // size if q_len < size else group * ((q_len + size - 1) // size)

@@ -1,6 +1,6 @@
 """Work items of the kernels that take tiles of queries: the forward pass and its tangent."""
 
-from .call import SEQUENCE, call_record, own_scratch
+from .call import SEQUENCE, call_record, own_scratch, tiles_of
 from .simd import fetch_add, i64_ptr
 
 
@@ -26,9 +26,7 @@ def work_items(attend):
                 else:
                     high = middle
             sequence = i64_ptr(call.sequences) + SEQUENCE * low
-            q_len, group = sequence[2], call.group
-            size = call.tile_rows
-            n_tiles = (group * q_len + size - 1) // size if q_len < size else group * ((q_len + size - 1) // size)
+            n_tiles = tiles_of(call, sequence[2])
             local = item - first_item[low]
             # Head after head, so that its keys and values stay in the second-level cache. Within a head the first
             # `fine` tiles are items of their own, then come items of call.tiles; late queries are taken first, as with

@@ -21,7 +21,7 @@ from .call import buffers, tile_rows
 from .compile import inner
 from .items import work_items
 from .scores import NONE, SOME, info_size
-from .simd import address_of, call_address, i64_ptr, load, select, splat, store, u8_ptr
+from .simd import address_of, call_address, i64_ptr, u8_ptr
 
 
 def key_block(elem: str, head_dim: int) -> int:
@@ -61,13 +61,14 @@ def build(elem: str):
     jit = inner
     base, step = tiles.build(elem), scores.build(elem, derivatives=True)
     online_softmax = softmax.build(elem)
-    L, W, acc, acc_ptr = base.L, base.W, base.acc, base.acc_ptr
+    W, acc, acc_ptr = base.W, base.acc, base.acc_ptr
     ACC_BYTES, ACC_STORAGE = base.ACC_BYTES, base.ACC_STORAGE
     products, values, read_rows, write_rows = base.scores, base.values, base.read_rows, base.write_rows
     row_addresses, all_finite, copy_block = base.row_addresses, base.all_finite, base.copy_block
     locate, load_queries, key_range = step.locate, step.load_queries, step.key_range
     score_block, dropout = step.score_block, step.dropout
     COUNT, WIDTH, LOW, HIGH = step.COUNT, step.WIDTH, step.LOW, step.HIGH
+    clear_hidden, same_head = step.clear_hidden, step.same_head
     ROWS_AT, HEADS_AT = step.ROWS_AT, step.HEADS_AT
     ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
 
@@ -82,18 +83,11 @@ def build(elem: str):
             x[n] = x[n] * y[n]
 
     @jit
-    def clear_hidden(s, x, w, first, last):
-        for n in range(first * w, last * w, L):
-            store(x + n, select(load(s + n, L) == splat(NEG_INF, L), splat(ZERO, L), load(x + n, L)))
-
-    @jit
     def tangent_calls(call, raw, s_dot, b, heads, rows, w, count, key, keys):
         """The tangent of score_mod, one call a run of lanes that share a head."""
         r = 0
         while r < count:
-            end = r + 1
-            while end < count and heads[end] == heads[r]:
-                end += 1
+            end = same_head(heads, r, count)
             at, tangent = address_of(raw + r), address_of(s_dot + r)
             call_address(
                 call.score_jvp, at, tangent, w, end - r, b, heads[r], rows[r], key, keys, call.score_aux, call.aux_dot

@@ -109,15 +109,27 @@ def build(elem: str, derivatives: bool = False) -> SimpleNamespace:
                 if k_ids[j] != own:
                     visible[j * w + r] = 0
 
+    @jit
+    def clear_hidden(s, x, w, first, last):
+        """0 in x for the pairs that s hides."""
+        for n in range(first * w, last * w, L):
+            store(x + n, select(load(s + n, L) == splat(NEG_INF, L), splat(ZERO, L), load(x + n, L)))
+
+    @jit
+    def same_head(heads, r, count):
+        """The end of the run of lanes that share lane r's head: users' functions are called a run at a time."""
+        end = r + 1
+        while end < count and heads[end] == heads[r]:
+            end += 1
+        return end
+
     @outlined
     def mod_calls(fn, aux, target, b, heads, rows, w, count, key, keys):
         """fn over the tile, one call a run of lanes that share a head: fn(target, w, lanes, b, h, i0, key, keys,
         aux)."""
         r = 0
         while r < count:
-            end = r + 1
-            while end < count and heads[end] == heads[r]:
-                end += 1
+            end = same_head(heads, r, count)
             call_address(fn, address_of(target + r), w, end - r, b, heads[r], rows[r], key, keys, aux)
             r = end
 
@@ -126,9 +138,7 @@ def build(elem: str, derivatives: bool = False) -> SimpleNamespace:
         """mod_calls() for a function that also writes its derivative: fn(target, slope, w, lanes, ...)."""
         r = 0
         while r < count:
-            end = r + 1
-            while end < count and heads[end] == heads[r]:
-                end += 1
+            end = same_head(heads, r, count)
             at, to = address_of(target + r), address_of(slope + r)
             call_address(fn, at, to, w, end - r, b, heads[r], rows[r], key, keys, aux)
             r = end
@@ -388,8 +398,8 @@ def build(elem: str, derivatives: bool = False) -> SimpleNamespace:
         load_queries=load_queries,
         key_range=key_range,
         prefetch_queries=prefetch_queries,
-        mod_calls=mod_calls,
-        slope_calls=slope_calls,
+        clear_hidden=clear_hidden,
+        same_head=same_head,
         dropout=dropout,
         score_block=score_block,
     )

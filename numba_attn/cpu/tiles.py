@@ -356,8 +356,6 @@ def build(elem: str) -> SimpleNamespace:
         for j in range(rows):
             read_row(address + j * row_stride, stride, storage, dst + j * n, n)
 
-    # ------------------------------------------------------------ pair masks and modifiers
-
     @jit
     def row_addresses(table, base, stride_h, stride_i, heads, rows, w, count):
         for r in range(w):
