@@ -136,6 +136,7 @@ def attention(
         and type(dropout_p) is float
         and dropout_p == 0.0
         and type(q) is type(k) is type(v) is np.ndarray
+        and backend != "cuda"
     ):
         if (
             scale is softcap is window is align is None
@@ -179,7 +180,11 @@ def attention(
         view, result = plan.check_out(problem, out), out
     lse = np.empty(plan.lse_shape(problem), problem.acc) if return_lse else None
     lse_view = None if lse is None else plan.bhsd_view(lse, layout)
-    if _jit_is_off():
+    if backend == "cuda":
+        from .cuda import attention as on_cuda
+
+        on_cuda(problem, view, lse_view)
+    elif _jit_is_off():
         _dense(result, lse, q, k, v, options)
     else:
         launch = _prepare(problem, bool(return_lse))
@@ -255,7 +260,7 @@ def attention_vjp(
     problem = plan.resolve(q, k, v, **options)
     check_aux_grad(aux_grad, problem.aux)
     result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
-    pullback = Pullback(problem, (q, k, v), options, result.copy(), lse.copy(), tuple(aux_grad))
+    pullback = Pullback(problem, (q, k, v), options, result.copy(), lse.copy(), tuple(aux_grad), backend)
     return ((result, lse) if return_lse else result), pullback
 
 
@@ -323,7 +328,7 @@ def attention_backward(
     problem = plan.resolve(q, k, v, **options)
     asked = check_aux_grad(aux_grad, problem.aux)
     views = check_results(problem, out, lse)
-    return _backward(problem, (q, k, v), options, *views, *check_cotangents(problem, dout, dlse), asked)
+    return _backward(problem, (q, k, v), options, *views, *check_cotangents(problem, dout, dlse), asked, backend)
 
 
 def attention_jvp(
@@ -395,6 +400,8 @@ def attention_jvp(
     """
     options = _options(locals())
     _check_backend(backend)
+    if backend == "cuda":
+        raise ValueError("backend is 'cuda', but attention_jvp runs on the CPU only; it takes 'auto' or 'cpu'")
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     problem = plan.resolve(q, k, v, **options)
@@ -448,8 +455,10 @@ class Pullback:
         out: Array,
         lse: Array,
         aux_grad: tuple[int, ...],
+        backend: str,
     ):
         self._problem, self._inputs, self._options, self._aux_grad = problem, inputs, options, aux_grad
+        self._backend = backend
         self._out, self._lse = (plan.bhsd_view(x, problem.layout) for x in (out, lse))
 
     def __call__(self, dout: Any, dlse: Any = None) -> Gradients:
@@ -457,7 +466,7 @@ class Pullback:
         problem = self._problem
         asked = check_aux_grad(self._aux_grad, problem.aux)
         cotangents = check_cotangents(problem, dout, dlse)
-        return _backward(problem, self._inputs, self._options, self._out, self._lse, *cotangents, asked)
+        return _backward(problem, self._inputs, self._options, self._out, self._lse, *cotangents, asked, self._backend)
 
 
 def _backward(
@@ -469,11 +478,11 @@ def _backward(
     dout: Array,
     dlse: Array | None,
     asked: tuple[bool, ...],
+    backend: str,
 ) -> Gradients:
     """The gradients in the caller's layout, shapes and dtypes; out, lse, dout and dlse are (B, H, S, ...) views."""
-    if _jit_is_off():
+    if backend != "cuda" and _jit_is_off():
         return _dense_backward(problem, inputs, options, dout, dlse, asked)
-    from .cpu.launch_backward import backward
 
     bias, slopes, sinks = options["bias"], options["alibi_slopes"], options["sinks"]
     dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in inputs)
@@ -482,6 +491,10 @@ def _backward(
     slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
     if dlse is not None and dlse.dtype != problem.acc:
         dlse = dlse.astype(problem.acc)
+    if backend == "cuda":
+        from .cuda import attention_backward as backward
+    else:
+        from .cpu.launch_backward import backward
     dbias, dslopes, daux, deltas = backward(
         problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
     )
@@ -502,8 +515,8 @@ def _in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, 
 
 
 def _check_backend(backend: Any) -> None:
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"backend is {backend!r}; it takes 'auto' or 'cpu' (CUDA kernels are not in this release)")
+    if backend not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"backend is {backend!r}; it takes 'auto', 'cpu' or 'cuda'")
 
 
 _OPTIONS = (

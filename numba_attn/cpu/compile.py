@@ -13,66 +13,28 @@ import contextlib
 import gc
 import hashlib
 import itertools
-import os
 import pickle
 import re
 import sys
-import tempfile
 import time
 import warnings
-from functools import cache
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numba
 from numba import njit
-from numba.core import caching, config, types
+from numba.core import caching, types
 from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
-from numba.misc.appdirs import AppDirs
 
+from ..cache import cache_folder, fingerprint
 from .simd import ROW
-
-PACKAGE = Path(__file__).resolve().parent.parent
 
 # What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the
 # benchmarks print it.
 LOG: list[tuple[str, float, str]] = []
-
-
-@cache
-def fingerprint() -> str:
-    """A digest of all sources of the package and of what else decides the machine code."""
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version_info} {config.OPT} {config.ENABLE_AVX}".encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-@cache
-def cache_folder() -> str | None:
-    """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache
-    folder. None with a warning."""
-    named = [os.path.join(d, "numba_attn") for d in (os.environ.get("NUMBA_ATTN_CACHE_DIR"), config.CACHE_DIR) if d]
-    for folder in named or [
-        str(PACKAGE / "__pycache__"),
-        os.path.join(AppDirs(appname="numba_attn", appauthor=False).user_cache_dir),
-    ]:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-        except OSError:
-            continue
-    warnings.warn(
-        "numba_attn: no writable cache folder, so kernels are compiled anew in every process (some seconds); "
-        "set NUMBA_ATTN_CACHE_DIR to a folder that can be written",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
 
 
 class _Locator(caching._CacheLocator):
@@ -84,7 +46,7 @@ class _Locator(caching._CacheLocator):
         return self._folder
 
     def get_source_stamp(self):
-        return fingerprint()
+        return fingerprint("cpu")
 
     def get_disambiguator(self):
         return ROW.name
@@ -126,7 +88,7 @@ class _Cache(caching.Cache):
         self._name, self._py_func = name, py_func
         self._impl = _Impl(py_func, name, folder)
         self._cache_path = folder
-        self._cache_file = _File(folder, self._impl.filename_base, fingerprint())
+        self._cache_file = _File(folder, self._impl.filename_base, fingerprint("cpu"))
         self.enable()
 
     def _index_key(self, sig, codegen):
@@ -249,7 +211,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     start = time.perf_counter()
     args, ret = signature.args, signature.return_type
     # The symbol that the address is looked up by: no other kernel's, of this version or another, may be the same.
-    unique = f"{fingerprint()[:16]}_{ROW.name}" if cached else str(next(_COUNTER))
+    unique = f"{fingerprint('cpu')[:16]}_{ROW.name}" if cached else str(next(_COUNTER))
     py_func.__name__ = py_func.__qualname__ = re.sub(r"\W", "_", f"{name}_{unique}")
     c = CFunc(py_func, (args, ret), locals={}, options={"nopython": True, "error_model": "numpy"})
     if cached:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from ..philox import build as build_philox
 from . import tiles
 from .call import OPEN
 from .compile import inner, outlined
@@ -170,15 +171,7 @@ def build(elem: str, derivatives: bool = False) -> SimpleNamespace:
             for r in range(w):
                 row[r] = row[r] - slopes[r] * abs(position[r] - acc(j))
 
-    @jit
-    def philox_word(c0, c1, c2, c3, k0, k1, word):
-        """Philox4x32-10 (Salmon et al. 2011): one 32-bit word of the block at counter (c0, c1, c2, c3)."""
-        low = np.uint64(0xFFFFFFFF)
-        for _ in range(10):
-            p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-            c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low
-            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-        return c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
+    philox_word = build_philox(jit)
 
     @outlined
     def dropout(call, p, b, heads, rows, w, count, key, first, last):

@@ -1,0 +1,212 @@
+"""The arrays of aux inside a user's function, as Numba types: one source for every target.
+
+Where reading an element has to mean more than its number, an array reaches the function as Aux. It is indexed by
+integers, all of its axes or the first ones, and has shape, size, ndim and len.
+"""
+
+import operator
+from types import SimpleNamespace
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from .functions import F32, F64, I64
+from .score_types import Target
+
+# The record of a pass, 64-bit cells. "seed": how many reads there were, the number of the one that is asked for, its
+# array, its element. "trace": for each array the element and the bits of its tangent in float64.
+READS, SEED, ARRAY, ELEMENT = range(4)
+UNREAD, SEVERAL, OUTSIDE = -1, -2, -3  # an element there is none of
+
+
+def array_type(dtype, ndim, aligned=False):
+    return types.Array(dtype, ndim, "A", readonly=True, aligned=aligned)
+
+
+def _item(context, builder, kind, array, indices):
+    """The address of array[indices], which may be fewer than it has axes."""
+    array = context.make_array(kind)(context, builder, value=array)
+    strides = cgutils.unpack_tuple(builder, array.strides, kind.ndim)
+    offset = I64(0)
+    for i, stride in zip(indices, strides, strict=False):
+        offset = builder.add(offset, builder.mul(i, stride))
+    return cgutils.pointer_add(builder, array.data, offset)
+
+
+def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> SimpleNamespace:
+    """Register Aux with a target that has the types of score_types.py and dual_types.py.
+
+    element : (elem, dtype) -> the type that an element has where it is a plain number
+
+    Returns
+    -------
+    Aux : the type, Aux(elem, how, n, array, dot)
+    cells : count -> function of compiled code that returns a record of so many cells
+    wrapped : kinds -> function (arrays, dots, record) -> arrays, each wrapped as kinds says: an Aux type, or None where
+        it stays as it is
+    """
+
+    class Aux(types.Type):
+        """An array of aux, or its rows behind the first indices.
+
+        how "number": an element is a number
+        how "seed": an element is a Dual, its tangent 1 if this read is the one that the record asks for, else 0
+        how "trace": an element is a number; the record notes which one was read, and with a dot its tangent
+        how "dot": an element is a Dual, its tangent the element of dot at the same place
+        """
+
+        def __init__(self, elem, how, n, array, dot=None):
+            self.elem, self.how, self.n, self.array, self.dot, self.ndim = elem, how, n, array, dot, array.ndim
+            super().__init__(name=f"Aux({elem},{how},{n},{array},{dot})")
+
+        def element(self):
+            return d.Dual(self.elem) if self.how in ("seed", "dot") else element(self.elem, self.array.dtype)
+
+        def rows(self, given):
+            """Its type behind so many indices."""
+            array, dot = (a and array_type(a.dtype, a.ndim - given, a.aligned) for a in (self.array, self.dot))
+            return Aux(self.elem, self.how, self.n, array, dot)
+
+    @target.register_model(Aux)
+    class AuxModel(target.models.StructModel):
+        def __init__(self, dmm, fe_type):
+            members = [("array", fe_type.array)]
+            if fe_type.how != "number":
+                members += [("first", types.intp), ("record", target.record)]
+            super().__init__(dmm, fe_type, members + ([("dot", fe_type.dot)] if fe_type.dot else []))
+
+    def rows_of(context, builder, kind, to, array, indices):
+        """array[indices] as an array of type `to`."""
+        data, given = _item(context, builder, kind, array, indices), len(indices)
+        array = context.make_array(kind)(context, builder, value=array)
+        rows = context.make_array(to)(context, builder)
+        target.populate_array(
+            rows,
+            data=data,
+            shape=cgutils.unpack_tuple(builder, array.shape, kind.ndim)[given:],
+            strides=cgutils.unpack_tuple(builder, array.strides, kind.ndim)[given:],
+            itemsize=array.itemsize,
+            meminfo=None,
+        )
+        return rows._getvalue()
+
+    @target.infer_global(operator.getitem)
+    class AuxAt(target.AbstractTemplate):
+        def generic(self, args, kws):
+            aux, at = args
+            if not isinstance(aux, Aux):
+                return None
+            parts = tuple(at) if isinstance(at, types.BaseTuple) else (at,)
+            if not min(1, aux.ndim) <= len(parts) <= aux.ndim or not all(
+                isinstance(p, (t.Index, types.Integer)) for p in parts
+            ):
+                return None
+            result = aux.element() if len(parts) == aux.ndim else aux.rows(len(parts))
+            return target.signature(
+                result, aux, types.UniTuple(types.intp, len(parts)) if parts != (at,) else types.intp
+            )
+
+    @target.lower_builtin(operator.getitem, Aux, types.Integer)
+    @target.lower_builtin(operator.getitem, Aux, types.BaseTuple)
+    def aux_at(context, builder, sig, args):
+        kind, at = sig.args
+        noted = kind.how != "number"
+        aux = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
+        given = cgutils.unpack_tuple(builder, args[1], len(at)) if isinstance(at, types.BaseTuple) else [args[1]]
+        array = context.make_array(kind.array)(context, builder, value=aux.array)
+        indices, flat, inside = [], aux.first if noted else I64(0), ir.Constant(ir.IntType(1), 1)
+        for i, n in zip(given, cgutils.unpack_tuple(builder, array.shape, kind.ndim), strict=False):
+            i = builder.select(builder.icmp_signed("<", i, I64(0)), builder.add(i, n), i)
+            inside = builder.and_(inside, builder.icmp_unsigned("<", i, n))
+            flat = builder.add(builder.mul(flat, n), i)
+            indices.append(i)
+        if noted:  # once outside, outside in the rows too
+            inside = builder.and_(inside, builder.icmp_signed(">=", aux.first, I64(0)))
+            flat = builder.select(inside, flat, I64(OUTSIDE))
+        if len(given) < kind.ndim:
+            to = sig.return_type
+            rows = cgutils.create_struct_proxy(to)(context, builder)
+            rows.array = rows_of(context, builder, kind.array, to.array, aux.array, indices)
+            if noted:
+                rows.first, rows.record = flat, aux.record
+            if kind.dot:
+                rows.dot = rows_of(context, builder, kind.dot, to.dot, aux.dot, indices)
+            return rows._getvalue()
+
+        at = _item(context, builder, kind.array, aux.array, indices)
+        value = target.load_item(context, builder, kind.array, at)
+        cell = lambda n: builder.gep(aux.record, [I64(n)])  # noqa: E731
+        tangent = None
+        if kind.dot:
+            dot = _item(context, builder, kind.dot, aux.dot, indices)
+            tangent = target.load_item(context, builder, kind.dot, dot)
+        if kind.how == "seed":
+            reads = builder.load(cell(READS))
+            asked = builder.icmp_signed("==", reads, builder.load(cell(SEED)))
+            builder.store(builder.add(reads, I64(1)), cell(READS))
+            for n, new in ((ARRAY, I64(kind.n)), (ELEMENT, flat)):
+                builder.store(builder.select(asked, new, builder.load(cell(n))), cell(n))
+            tangent = builder.uitofp(asked, F32 if kind.elem == "f32" else F64)
+        elif kind.how == "trace":
+            old = builder.load(cell(2 * kind.n))
+            same = builder.or_(builder.icmp_signed("==", old, I64(UNREAD)), builder.icmp_signed("==", old, flat))
+            builder.store(builder.select(same, flat, I64(SEVERAL)), cell(2 * kind.n))
+            if kind.dot:
+                wide = context.cast(builder, tangent, kind.dot.dtype, types.float64)
+                builder.store(builder.bitcast(wide, I64), cell(2 * kind.n + 1))
+        elif kind.how == "dot":
+            tangent = context.cast(builder, tangent, kind.dot.dtype, t.Score(kind.elem))
+        if kind.how in ("number", "trace"):
+            return context.cast(builder, value, kind.array.dtype, sig.return_type)
+        return d.pack(builder, context.cast(builder, value, kind.array.dtype, t.Score(kind.elem)), tangent)
+
+    @target.intrinsic
+    def array_of(typingctx, aux):
+        def codegen(context, builder, sig, args):
+            return cgutils.create_struct_proxy(aux)(context, builder, value=args[0]).array
+
+        return (aux.array(aux), codegen) if isinstance(aux, Aux) else None
+
+    target.overload_attribute(Aux, "shape")(lambda aux: lambda aux: array_of(aux).shape)
+    target.overload_attribute(Aux, "size")(lambda aux: lambda aux: array_of(aux).size)
+    target.overload_attribute(Aux, "ndim")(lambda aux: lambda aux: array_of(aux).ndim)
+
+    @target.overload(len)
+    def length(aux):
+        if isinstance(aux, Aux):
+            return lambda aux: len(array_of(aux))
+
+    def cells(count):
+        @target.intrinsic
+        def cells(typingctx):
+            def codegen(context, builder, sig, args):
+                return builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(I64, count)), I64.as_pointer())
+
+            return target.record(), codegen
+
+        return cells
+
+    def wrapped(kinds):
+        @target.intrinsic
+        def wrap(typingctx, arrays, dots, record):
+            to = types.Tuple([kind or array for kind, array in zip(kinds, arrays, strict=True)])
+
+            def codegen(context, builder, sig, args):
+                items = cgutils.unpack_tuple(builder, args[0], len(kinds))
+                dot = iter(cgutils.unpack_tuple(builder, args[1], len(dots)))
+                for n, kind in enumerate(kinds):
+                    if kind is not None:
+                        aux = cgutils.create_struct_proxy(kind)(context, builder)
+                        aux.array = items[n]
+                        if kind.how != "number":
+                            aux.first, aux.record = I64(0), args[2]
+                        if kind.dot:
+                            aux.dot = next(dot)
+                        items[n] = aux._getvalue()
+                return context.make_tuple(builder, to, items)
+
+            return to(arrays, dots, record), codegen
+
+        return wrap
+
+    return SimpleNamespace(Aux=Aux, cells=cells, wrapped=wrapped)

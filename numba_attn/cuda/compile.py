@@ -1,0 +1,91 @@
+"""The one module that imports numba-cuda: names for the others, and a plain function -> PTX."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba_cuda
+from numba import cuda
+from numba.cuda import cgutils, libdevice, types
+from numba.cuda.compiler import compile_cuda
+from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.dispatcher import CUDADispatcher
+from numba.cuda.extending import core_models, intrinsic, lower_builtin, lower_cast, overload, register_model
+from numba.cuda.np.arrayobj import load_item, populate_array
+from numba.cuda.typing.templates import (
+    AbstractTemplate,
+    infer,
+    infer_getattr,
+    infer_global,
+    make_overload_attribute_template,
+    make_overload_template,
+    signature,
+)
+
+from ..cache import cache_folder, fingerprint
+
+__all__ = [
+    "AbstractTemplate",
+    "CUDADispatcher",
+    "ConfigStack",
+    "cgutils",
+    "compile_cuda",
+    "core_models",
+    "cuda",
+    "infer",
+    "infer_getattr",
+    "infer_global",
+    "inline",
+    "intrinsic",
+    "kernel_ptx",
+    "libdevice",
+    "load_item",
+    "lower_builtin",
+    "lower_cast",
+    "make_overload_attribute_template",
+    "make_overload_template",
+    "overload",
+    "populate_array",
+    "register_model",
+    "signature",
+    "types",
+]
+
+# A helper of kernels. Inlined into Numba's own code: compiling a call of any other device function asks the driver for
+# the current device, so that nothing would compile on a machine without one.
+inline = cuda.jit(device=True, inline="always")
+
+
+def kernel_ptx(
+    kernel: Callable[[], Callable[..., None]],
+    arguments: tuple[Any, ...],
+    cc: tuple[int, int],
+    threads: int,
+    key: str | None,
+) -> str:
+    """The PTX of the kernel that `kernel` makes, for a device of compute capability cc and blocks of `threads`.
+
+    It is kept on disk under `key`, a text that with our sources says what the kernel is; None: it isn't.
+    """
+    path = None
+    if key is not None and (folder := cache_folder()) is not None:
+        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {cc} {threads} {key}"
+        path = Path(folder) / f"cuda-{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.ptx"
+        with contextlib.suppress(OSError, ValueError):
+            digest, _, ptx = path.read_text().partition("\n")
+            if hashlib.sha256(ptx.encode()).hexdigest() == digest:  # a file that a crash cut short must not be run
+                return ptx
+    ptx, _ = cuda.compile_ptx(kernel(), arguments, cc=cc, launch_bounds=threads)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{hashlib.sha256(ptx.encode()).hexdigest()}\n{ptx}")
+            os.replace(name, path)
+    return str(ptx)

@@ -1,0 +1,220 @@
+"""Rows of q, k, v and the results on their way between global and shared memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import tile
+from .compile import inline
+from .tile import VECTOR
+from .tiling import Tiling, products
+
+
+def bitmap_words(dim: int) -> int:
+    """32-bit words with a bit for each number of a row."""
+    return -(-dim // 32)
+
+
+def repairer(t: Tiling, dim: int, bad: int) -> SimpleNamespace:
+    """Keeps what hidden pairs point to out of a product: 0 times NaN is NaN.
+
+    Numbers of B that are not finite become 0 in shared memory, and every row of the product that sees such a number has
+    its place marked in a bitmap at `bad`; `spoil` makes NaN of the marked places, once, at the end. So one product does
+    for all tiles, and the rare case costs the common one no registers.
+    """
+    rows, cols, threads, stride = t.rows, t.cols, t.threads, t.stride(dim)
+    words, units, per = bitmap_words(dim), dim * t.size // VECTOR, VECTOR // t.size
+    row_map, col_map, n = bad, bad + rows * words * 4, t.scores.size
+    add, mul, udiv, sub, urem = tile.add, tile.mul, tile.udiv, tile.sub, tile.urem
+    store_word, load_word, shared_or, sync = tile.store_word, tile.load_word, tile.shared_or, tile.sync
+    bit, repair_vector, shift_left = tile.bit(n), tile.repair_vector(t.storage), tile.shift_left
+    element = products(t).element
+
+    @inline
+    def clear(tid):
+        """Before the first tile; a barrier must follow."""
+        for k in range(tid, rows * words, threads):
+            store_word(add(row_map, mul(k, 4)), 0)
+
+    @inline
+    def clean(tid, b):
+        """Only the zeros: for sums in which a row that sees such a number is spoilt anyway, through its scores."""
+        for k in range(tid, cols * units, threads):
+            row = udiv(k, units)
+            unit = sub(k, mul(row, units))
+            repair_vector(add(b, add(mul(row, stride), mul(unit, VECTOR))))
+        sync()
+
+    @inline
+    def repair(tid, row0, col0, hidden, b):
+        for k in range(tid, cols * words, threads):
+            store_word(add(col_map, mul(k, 4)), 0)
+        sync()
+        for k in range(tid, cols * units, threads):
+            row = udiv(k, units)
+            unit = sub(k, mul(row, units))
+            found = repair_vector(add(b, add(mul(row, stride), mul(unit, VECTOR))))
+            if found != 0:
+                first = mul(unit, per)
+                word = add(mul(row, words), udiv(first, 32))
+                shared_or(add(col_map, mul(word, 4)), shift_left(found, urem(first, 32)))
+        sync()
+        for e in range(n):
+            if not bit(hidden, e):
+                row, col = element(e)
+                for w in range(words):
+                    found = load_word(add(col_map, mul(add(mul(add(col0, col), words), w), 4)))
+                    if found != 0:
+                        shared_or(add(row_map, mul(add(mul(add(row0, row), words), w), 4)), found)
+        sync()
+
+    number = np.float64 if t.acc == "f64" else np.float32
+    nan = number(np.nan)
+
+    def spoiled(x, row, col, given):
+        word = load_word(add(row_map, mul(add(mul(row, words), udiv(col, 32)), 4)))
+        return nan if (word >> urem(col, 32)) & 1 else x
+
+    return SimpleNamespace(clear=clear, clean=clean, repair=repair, spoil=tile.mapped(spoiled, t.output(dim)))
+
+
+def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
+    """Copies of rows between global and shared memory by all threads of a block."""
+    size, threads, per = t.size, t.threads, VECTOR // t.size
+    add, mul, udiv, sub = tile.add, tile.mul, tile.udiv, tile.sub
+    copy_one, copy_element, load_row = tile.copy_rows(1, 1, 0), tile.copy_element(size), tile.load_row
+    wide_out, element_out = tile.copy_out(VECTOR), tile.copy_out(size)
+    finite_vector = tile.finite_vector(t.storage)
+
+    def load(dim: int, rows: int) -> Any:
+        """(tid, to, base, stride_s, stride_d, valid, real): rows 0 : valid of `real` numbers, the rest zeros."""
+        stride = t.stride(dim)
+        if aligned:
+            units = dim // per
+            width = min(units, threads)  # units of a row that the threads take at a time
+            per_pass, parts = threads // width, -(-units // width)
+            copy = tile.copy_rows(rows, per_pass, stride)
+
+            @inline
+            def rows_in(tid, to, base, stride_s, stride_d, valid, real):
+                row = udiv(tid, width)
+                for part in range(parts):
+                    unit = add(sub(tid, mul(row, width)), part * width)
+                    limit = min(valid, rows) if unit * per < real else 0
+                    if tid < per_pass * width and unit < units:
+                        copy(
+                            add(to, add(mul(row, stride), mul(unit, VECTOR))),
+                            base + row * stride_s + unit * VECTOR,
+                            per_pass * stride_s,
+                            row,
+                            limit,
+                        )
+
+        else:
+
+            @inline
+            def rows_in(tid, to, base, stride_s, stride_d, valid, real):
+                for n in range(tid, rows * dim, threads):
+                    row = udiv(n, dim)
+                    col = sub(n, mul(row, dim))
+                    copy_element(
+                        add(to, add(mul(row, stride), mul(col, size))),
+                        base + row * stride_s + col * stride_d,
+                        row < valid and col < real,
+                    )
+
+        return rows_in
+
+    def load_queries(dim: int, rows: int) -> Any:
+        """(tid, to, base, stride_h, stride_s, stride_d, table, valid, real): the rows that the table names."""
+        stride = t.stride(dim)
+        if aligned:
+            units = dim // per
+
+            @inline
+            def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
+                for n in range(tid, rows * units, threads):
+                    row = udiv(n, units)
+                    unit = sub(n, mul(row, units))
+                    i, h, _, _ = load_row(add(table, mul(row, 16)))
+                    there = row < valid and unit * per < real
+                    address = base + h * stride_h + i * stride_s + unit * VECTOR
+                    copy_one(add(to, add(mul(row, stride), mul(unit, VECTOR))), address, 0, 0, 1 if there else 0)
+
+        else:
+
+            @inline
+            def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
+                for n in range(tid, rows * dim, threads):
+                    row = udiv(n, dim)
+                    col = sub(n, mul(row, dim))
+                    i, h, _, _ = load_row(add(table, mul(row, 16)))
+                    copy_element(
+                        add(to, add(mul(row, stride), mul(col, size))),
+                        base + h * stride_h + i * stride_s + col * stride_d,
+                        row < valid and col < real,
+                    )
+
+        return queries_in
+
+    def store(dim: int, rows: int) -> Any:
+        """(tid, at, base, stride_s, stride_d, valid, real): rows 0 : valid of shared memory to base."""
+        stride = t.stride(dim)
+        units = dim // per if aligned else dim
+        step, numbers = (VECTOR, per) if aligned else (size, 1)
+        copy = wide_out if aligned else element_out
+
+        @inline
+        def rows_out(tid, at, base, stride_s, stride_d, valid, real):
+            for n in range(tid, rows * units, threads):
+                row = udiv(n, units)
+                unit = sub(n, mul(row, units))
+                if row < valid and unit * numbers < real:
+                    address = base + row * stride_s
+                    address += unit * VECTOR if aligned else unit * stride_d
+                    copy(address, add(at, add(mul(row, stride), mul(unit, step))))
+
+        return rows_out
+
+    def store_queries(dim: int, rows: int) -> Any:
+        """(tid, at, base, stride_h, stride_s, stride_d, table, valid, real): rows of shared memory to where the table
+        says."""
+        stride = t.stride(dim)
+        units = dim // per if aligned else dim
+        step, numbers = (VECTOR, per) if aligned else (size, 1)
+        copy = wide_out if aligned else element_out
+
+        @inline
+        def queries_out(tid, at, base, stride_h, stride_s, stride_d, table, valid, real):
+            for n in range(tid, rows * units, threads):
+                row = udiv(n, units)
+                unit = sub(n, mul(row, units))
+                if row < valid and unit * numbers < real:
+                    i, h, _, _ = load_row(add(table, mul(row, 16)))
+                    address = base + h * stride_h + i * stride_s
+                    address += unit * VECTOR if aligned else unit * stride_d
+                    copy(address, add(at, add(mul(row, stride), mul(unit, step))))
+
+        return queries_out
+
+    def finite(dim: int, rows: int) -> Any:
+        """(tid, at) -> whether the thread's share of the rows is finite."""
+        stride, units = t.stride(dim), dim // per
+
+        @inline
+        def all_finite(tid, at):
+            ok = True
+            for n in range(tid, rows * units, threads):
+                row = udiv(n, units)
+                unit = sub(n, mul(row, units))
+                ok = ok and finite_vector(add(at, add(mul(row, stride), mul(unit, VECTOR))))
+            return ok
+
+        return all_finite
+
+    return SimpleNamespace(
+        load=load, load_queries=load_queries, store=store, store_queries=store_queries, finite=finite
+    )

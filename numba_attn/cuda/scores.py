@@ -1,0 +1,442 @@
+"""Which pairs a tile sees, and the one step scores -> modified -> hidden that every kernel calls.
+
+The counterpart of cpu/scores.py: a tile's rows are a table in shared memory of (query, head, first key, end key), keys
+counted from the sequence's start; everything that a call asks for is compiled in, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..online import LOG2E
+from ..philox import build as build_philox
+from . import tile
+from .compile import inline, libdevice, types
+
+# What every kernel takes: addresses, strides in bytes, sizes. All 8 bytes.
+CALL = (
+    "q", "q_b", "q_h", "q_s", "q_d", "k", "k_b", "k_h", "k_s", "k_d", "v", "v_b", "v_h", "v_s", "v_d",
+    "out", "out_b", "out_h", "out_s", "out_d", "lse", "lse_b", "lse_h", "lse_s",
+    "tiles", "kv_heads", "group", "qk_dim", "v_dim", "sequences", "left", "right", "has_prefix",
+    "start", "end", "bounds_b", "bounds_h", "bounds_s", "slopes", "slopes_b", "sinks", "seed", "drop_below",
+)  # fmt: skip
+REALS = ("scale", "softcap_in", "softcap_out", "drop_scale", "grad_scale")
+STRIDES = ("b", "h", "i", "j")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What of a call decides the code."""
+
+    aligned: bool = True  # rows of q, k, v and the results can be read 16 bytes at a time
+    softcap: bool = False
+    bias: str = ""  # its storage type
+    slopes: bool = False
+    masks: int = 0
+    segments: int = 0
+    mask_mods: tuple[Callable[..., Any], ...] = ()  # compiled as cuda/modifiers.py says; a table each
+    mask_tables: tuple[int, ...] = ()  # numbers in each table
+    score_mod: Callable[..., Any] | None = None
+    score_table: int = 0
+    dropout: bool = False
+    derivatives: bool = False  # score_mod returns (score, derivative)
+    extra: tuple[str, ...] = ()  # more fields: see CALL
+
+    @property
+    def every_pair(self) -> bool:
+        """Whether every pair is asked something, so that no tile is plain."""
+        return bool(self.bias or self.slopes or self.masks or self.segments or self.mask_mods or self.score_mod)
+
+    @property
+    def natural(self) -> bool:
+        """Whether scores are in natural units until the end, not in log2 units from the start."""
+        return bool(self.softcap or self.bias or self.slopes or self.score_mod)
+
+    @property
+    def call_type(self) -> Any:
+        return call_type(self.fields)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        names = list(CALL)
+        if self.bias:
+            names += ["bias", *(f"bias_{s}" for s in STRIDES)]
+        for n in range(self.masks):
+            names += [f"mask{n}", *(f"mask{n}_{s}" for s in STRIDES)]
+        for n in range(self.segments):
+            names += [f"q_ids{n}", f"q_ids{n}_b", f"k_ids{n}", f"k_ids{n}_b"]
+        for n, size in enumerate(self.mask_tables):
+            names += [f"mask_mod{n}_{x}" for x in range(size)]
+        names += [f"score_mod_{x}" for x in range(self.score_table)]
+        return (*names, *self.extra)
+
+
+@cache
+def call_type(fields: tuple[str, ...]) -> Any:
+    return namedtuple("Call", fields)
+
+
+Reals = namedtuple("Reals", REALS)
+
+
+def signature(fields: tuple[str, ...]) -> tuple[Any, Any]:
+    """The types of (call, reals)."""
+    return (
+        types.NamedUniTuple(types.int64, len(fields), call_type(fields)),
+        types.NamedUniTuple(types.float64, len(REALS), Reals),
+    )
+
+
+ROW_BYTES = 16  # an entry of the table
+LOW, HIGH, INNER_LOW, INNER_HIGH, FLAG = 0, 4, 8, 12, 16  # words behind the table; three of FLAG
+TABLE_WORDS = 32
+
+
+def table_bytes(rows: int) -> int:
+    return rows * ROW_BYTES + TABLE_WORDS
+
+
+def build_locate(rows: int) -> Callable[..., Any]:
+    """locate(call, tid, table, sequence, kv_head, index): fills the table for tile `index` of a (sequence, key head)
+    of tiles of `rows` queries. Ends with a barrier; the caller makes sure that nobody reads the old one any more.
+    """
+    store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
+    shared_min, shared_max, sync, udiv, load = tile.shared_min, tile.shared_max, tile.sync, tile.udiv, tile.load_i64
+    bounds = rows * ROW_BYTES
+
+    @inline
+    def locate(call, tid, table, sequence, kv_head, index):
+        b, q_start, q_len, k_start, k_len, offset, prefix = sequence
+        at = add(table, bounds)
+        if tid == 0:
+            store_word(add(at, LOW), k_len)
+            store_word(add(at, HIGH), 0)
+            store_word(add(at, INNER_LOW), 0)
+            store_word(add(at, INNER_HIGH), k_len)
+        sync()
+        if tid < rows:
+            if q_len < rows:  # short: the queries of a group's heads lie side by side
+                p = index * rows + tid
+                there = p < call.group * q_len
+                p = min(p, call.group * q_len - 1)
+                head = np.int64(udiv(p, q_len))
+                row = p - head * q_len
+            else:  # a tile lies in one head
+                tiles = np.int64(udiv(q_len + (rows - 1), rows))
+                head = np.int64(udiv(index, tiles))
+                row = (index - head * tiles) * rows + tid
+                there = row < q_len
+                row = min(row, q_len - 1)
+            i = row + offset
+            head += kv_head * call.group
+            first, end = 0, k_len
+            if call.left >= 0:
+                first = max(first, i - call.left)
+            if call.has_prefix:
+                end = min(end, max(prefix, i + 1))
+            if call.right >= 0:
+                end = min(end, i + call.right + 1)
+            if call.start != 0:
+                to = b * call.bounds_b + head * call.bounds_h + (q_start + row) * call.bounds_s
+                first = max(first, load(call.start + to) - k_start)
+                end = min(end, load(call.end + to) - k_start)
+            if not there:  # an idle row: it sees nothing, and asks for nothing
+                first = end = 0
+            elif first >= end:
+                first = end = 0
+                shared_min(add(at, INNER_HIGH), 0)
+            else:
+                shared_min(add(at, LOW), first)
+                shared_max(add(at, HIGH), end)
+                shared_max(add(at, INNER_LOW), first)
+                shared_min(add(at, INNER_HIGH), end)
+            store_row(add(table, mul(tid, ROW_BYTES)), q_start + row, head, first, end)
+        sync()
+
+    return locate
+
+
+def count_of(rows: int) -> Any:
+    """(call, q_len, index) -> the queries that tile `index` of a (sequence, key head) holds."""
+    udiv = tile.udiv
+
+    @inline
+    def count(call, q_len, index):
+        if q_len < rows:
+            return min(rows, call.group * q_len - index * rows)
+        tiles = np.int64(udiv(q_len + (rows - 1), rows))
+        return min(rows, q_len - (index - np.int64(udiv(index, tiles)) * tiles) * rows)
+
+    return count
+
+
+@inline
+def read_sequence(call, n):
+    """(batch, q_start, q_len, k_start, k_len, offset, prefix)"""
+    at = call.sequences + n * 56
+    return (
+        tile.load_i64(at),
+        tile.load_i64(at + 8),
+        tile.load_i64(at + 16),
+        tile.load_i64(at + 24),
+        tile.load_i64(at + 32),
+        tile.load_i64(at + 40),
+        tile.load_i64(at + 48),
+    )
+
+
+def exact_functions(acc: str) -> SimpleNamespace:
+    """exp2, log2 and tanh of one scalar."""
+    if acc == "f32":
+        one, two, small = np.float32(1), np.float32(2 * LOG2E), np.float32(0.35)
+        fast_exp2, choose, fma = tile.fast_exp2, tile.choose, tile.multiply_add
+        c1, c2, c3, c4, c5 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925))
+
+        @inline
+        def tanh(x):
+            """1 - 2 / (1 + e**2|x|), and near 0, where that cancels, the series."""
+            a = abs(x)
+            y = one - np.float32(2) / (one + fast_exp2(a * two))
+            z = x * x
+            near = fma(fma(fma(fma(fma(c5, z, c4), z, c3), z, c2), z, c1) * z, x, x)
+            return choose(a < small, near, choose(x < np.float32(0), np.float32(0) - y, y))
+
+        return SimpleNamespace(number=np.float32, exp2=fast_exp2, log2=tile.fast_log2, tanh=tanh)
+
+    @inline
+    def exp2(x):
+        return libdevice.exp2(x)
+
+    @inline
+    def log2(x):
+        return math.log2(x)
+
+    @inline
+    def tanh(x):
+        return math.tanh(x)
+
+    return SimpleNamespace(number=np.float64, exp2=exp2, log2=log2, tanh=tanh)
+
+
+def build_modify(features: Features, acc: str, table: int, swapped: bool = False) -> SimpleNamespace:
+    """whole(x, row, col, given) and partial(x, row, col, given): a product's element -> its score in log2 units, -inf
+    for exactly the hidden pairs; whole is for tiles of which every pair is seen.
+
+    row is the query's place in the tile, col the key counted from the sequence's start; swapped: the other way round.
+    given: (call, reals, batch, k_start, what to add to a query's array index for its position, where the table lies
+    from `table` on: in a kernel with two stages 0 or a stage's bytes).
+
+    With features.derivatives they return (score, derivative of score_mod, derivative of softcap), those that there are:
+    `results` numbers.
+    """
+    f = features
+    functions = exact_functions(acc)
+    number, tanh = functions.number, functions.tanh
+    at = {name: n for n, name in enumerate(f.fields)}
+    log2e, hidden, one = number(LOG2E), number(-np.inf), number(1)
+    load_row, add, mul, inside, choose = tile.load_row, tile.add, tile.mul, tile.inside, tile.choose
+    seen, changed = _seen(f, at), _changed(f, at, acc)
+    natural, softcap, every = f.natural, f.softcap, f.every_pair
+    mod_slope, cap_slope = f.derivatives and f.score_mod is not None, f.derivatives and f.softcap
+
+    @inline
+    def scaled(x, reals):
+        """(score, derivative of softcap)"""
+        x = x * number(reals.scale)
+        x = x + (x - x)  # an infinite feature has no finite answer, and -inf must not pass for a hidden pair
+        if softcap:
+            t = tanh(x * number(reals.softcap_in))
+            return number(reals.softcap_out) * t, one - t * t
+        return x, one
+
+    @inline
+    def returned(x, mod, cap):
+        if mod_slope and cap_slope:
+            return x, mod, cap
+        if mod_slope:
+            return x, mod
+        if cap_slope:
+            return x, cap
+        return x
+
+    @inline
+    def whole_pair(x, q, j, given):
+        x, cap = scaled(x, given[1])
+        return returned(x * log2e if natural else x, one, cap)
+
+    @inline
+    def partial_pair(x, q, j, given):
+        call, reals, b, k_start, shift, stage = given
+        i, h, first, end = load_row(add(stage, add(table, mul(q, ROW_BYTES))))
+        there = inside(j, first, end)
+        x, cap = scaled(x, reals)
+        if not every:
+            return returned(choose(there, x * log2e if natural else x, hidden), one, cap)
+        y, mod = hidden, one
+        if there:
+            key = k_start + j
+            if seen(call, b, h, i, key):
+                y, mod = changed(x, call, b, h, i, key, i + shift - j)
+                y = y * log2e if natural else y
+        return returned(y, mod, cap)
+
+    if swapped:
+
+        def whole(x, row, col, given):
+            return whole_pair(x, col, row, given)
+
+        def partial(x, row, col, given):
+            return partial_pair(x, col, row, given)
+
+    else:
+
+        def whole(x, row, col, given):
+            return whole_pair(x, row, col, given)
+
+        def partial(x, row, col, given):
+            return partial_pair(x, row, col, given)
+
+    return SimpleNamespace(whole=whole, partial=partial, results=1 + mod_slope + cap_slope)
+
+
+def build_dropout(acc: str, table: int, swapped: bool) -> Callable[..., Any]:
+    """(x, row, col, given) -> 0 for a dropped pair, else x over the chance to stay. Arguments as in `build_modify`."""
+    number = np.float32 if acc == "f32" else np.float64
+    load_row, add, mul, choose, word = tile.load_row, tile.add, tile.mul, tile.choose, build_philox(inline)
+    zero, low = number(0), np.uint64(0xFFFFFFFF)
+
+    @inline
+    def pair(x, q, j, given):
+        call, reals, b, k_start, _, stage = given
+        i, h, _, _ = load_row(add(stage, add(table, mul(q, ROW_BYTES))))
+        key = np.uint64(k_start + j)
+        k0, k1 = np.uint64(call.seed) & low, np.uint64(call.seed) >> np.uint64(32)
+        r = word(np.uint64(i), key >> np.uint64(2), np.uint64(h), np.uint64(b), k0, k1, key & np.uint64(3))
+        return choose(r >= np.uint64(call.drop_below), x * number(reals.drop_scale), zero)
+
+    if swapped:
+
+        def drop(x, row, col, given):
+            return pair(x, col, row, given)
+
+    else:
+
+        def drop(x, row, col, given):
+            return pair(x, row, col, given)
+
+    return drop
+
+
+def _seen(f: Features, at: dict[str, int]) -> Callable[..., Any]:
+    """(call, b, h, i, j) -> whether the masks show the pair."""
+    load_byte, load = tile.load_byte, tile.load_i64
+
+    def always(call, b, h, i, j):
+        return True
+
+    def with_mask(before, n):
+        def seen(call, b, h, i, j):
+            to = call[n] + b * call[n + 1] + h * call[n + 2] + i * call[n + 3] + j * call[n + 4]
+            return before(call, b, h, i, j) and load_byte(to) != 0
+
+        return seen
+
+    def with_segments(before, n):
+        def seen(call, b, h, i, j):
+            own = load(call[n] + b * call[n + 1] + i * 8)
+            return before(call, b, h, i, j) and own == load(call[n + 2] + b * call[n + 3] + j * 8)
+
+        return seen
+
+    def with_function(before, mod, first, size):
+        table = _table(first, size)
+
+        def seen(call, b, h, i, j):
+            return before(call, b, h, i, j) and mod(np.int32(b), np.int32(h), np.int32(i), np.int32(j), table(call))
+
+        return seen
+
+    seen = inline(always)
+    for n in range(f.masks):
+        seen = inline(with_mask(seen, at[f"mask{n}"]))
+    for n in range(f.segments):
+        seen = inline(with_segments(seen, at[f"q_ids{n}"]))
+    for n, (mod, size) in enumerate(zip(f.mask_mods, f.mask_tables, strict=True)):
+        seen = inline(with_function(seen, inline(mod), at.get(f"mask_mod{n}_0", 0), size))
+    return seen
+
+
+def _table(first: int, size: int) -> Callable[..., Any]:
+    """call -> its numbers first : first + size, as a tuple."""
+    if size == 0:
+        return inline(lambda call: (0,))
+    stop = first + size
+
+    @inline
+    def table(call):
+        return call[first:stop]
+
+    return table
+
+
+def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
+    """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, and the derivative of score_mod; distance is
+    the query's position less the key's."""
+    number = np.float32 if acc == "f32" else np.float64
+    choose, hidden = tile.choose, number(-np.inf)
+
+    def same(x, call, b, h, i, j, distance):
+        return x
+
+    def with_bias(before, n):
+        load = tile.load_global(f.bias, acc)
+
+        def changed(x, call, b, h, i, j, distance):
+            to = call[n] + b * call[n + 1] + h * call[n + 2] + i * call[n + 3] + j * call[n + 4]
+            added = load(to)
+            y = before(x, call, b, h, i, j, distance) + added
+            return choose(added == hidden, hidden, y)  # whatever the score is, NaN too
+
+        return changed
+
+    def with_slopes(before):
+        load, size = tile.load_global(acc, acc), tile.SIZE[acc]
+
+        def changed(x, call, b, h, i, j, distance):
+            slope = load(call.slopes + b * call.slopes_b + h * size)
+            return before(x, call, b, h, i, j, distance) - slope * abs(number(distance))
+
+        return changed
+
+    changed = inline(same)
+    if f.bias:
+        changed = inline(with_bias(changed, at["bias"]))
+    if f.slopes:
+        changed = inline(with_slopes(changed))
+    before, one, derivatives = changed, number(1), f.derivatives
+    if f.score_mod is None:
+
+        @inline
+        def final(x, call, b, h, i, j, distance):
+            return before(x, call, b, h, i, j, distance), one
+
+    else:
+        mod, table = inline(f.score_mod), _table(at.get("score_mod_0", 0), f.score_table)
+
+        @inline
+        def final(x, call, b, h, i, j, distance):
+            x = before(x, call, b, h, i, j, distance)
+            y = mod(x, np.int32(b), np.int32(h), np.int32(i), np.int32(j), table(call))
+            if derivatives:
+                return y
+            return y, one
+
+    return final

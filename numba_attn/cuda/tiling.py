@@ -1,0 +1,254 @@
+"""Which tile a kernel works on, and which part of it a thread holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+
+from . import tile
+from .compile import inline
+from .tile import SIZE, VECTOR, Registers
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A tile of `rows` by `cols`: rows are queries and columns keys, or the other way round in the kernel of dK and dV.
+
+    Head sizes are rounded up to what the products take in one step; the rest is zeros.
+    """
+
+    storage: str  # of q, k, v
+    threads: int
+    rows: int
+    cols: int
+    across: int  # threads across a row (simt), or 0: tensor cores
+    qk_dim: int
+    v_dim: int
+    stages: int = 1  # tiles of queries in shared memory at a time, in the kernel of dK and dV
+
+    @property
+    def mma(self) -> bool:
+        return self.across == 0
+
+    @property
+    def acc(self) -> str:
+        return "f64" if self.storage == "f64" else "f32"
+
+    @property
+    def size(self) -> int:
+        return SIZE[self.storage]
+
+    def stride(self, dim: int) -> int:
+        """Bytes from one row to the next in shared memory: an odd number of 16-byte units, so that eight rows lie in
+        different banks."""
+        return dim * self.size + VECTOR
+
+    @cached_property
+    def scores(self) -> Registers:
+        """The registers of a tile of scores."""
+        return self._registers(self.cols, 1)
+
+    def output(self, dim: int) -> Registers:
+        """The registers of a tile with `dim` columns that the scores' rows are summed into."""
+        return self._registers(dim, 1 if self.mma else VECTOR // self.size)
+
+    def _registers(self, cols: int, vector: int) -> Registers:
+        if self.mma:
+            m_tiles = self.rows // (self.threads // 2)
+            rows = tuple(16 * m + 8 * half for m in range(m_tiles) for half in range(2))
+            return Registers(self.acc, rows, tuple(8 * n + k for n in range(cols // 8) for k in range(2)), (1, 2))
+        down, across = self.threads // self.across, self.across
+        partners = tuple(1 << n for n in range(across.bit_length() - 1))
+        columns = tuple(c + k for c in range(0, cols, across * vector) for k in range(vector))
+        return Registers(self.acc, tuple(range(0, self.rows, down)), columns, partners)
+
+    @property
+    def p_stride(self) -> int:
+        """Bytes of a row of P in shared memory (simt): rows of one warp's stores fall into different banks."""
+        return (self.cols + self.across) * self.size
+
+    @property
+    def p_bytes(self) -> int:
+        return 0 if self.mma else self.rows * self.p_stride
+
+
+CHUNK = 8  # columns of the output that a thread sums at a time (simt)
+
+
+def products(t: Tiling) -> SimpleNamespace:
+    """The products and corners of a tiling, for kernels to call."""
+    scores, add, mul, udiv, urem = t.scores, tile.add, tile.mul, tile.udiv, tile.urem
+    across, size, t_mma = t.across, t.size, t.mma
+    down = t.threads // max(across, 1)
+    if t.mma:
+        warp_rows = t.rows // (t.threads // 32)
+
+        @inline
+        def corner(tid):
+            """The thread's own row and column in the scores."""
+            lane = urem(tid, 32)
+            return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
+
+        @inline
+        def output_corner(tid):
+            lane = urem(tid, 32)
+            return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
+
+    else:
+        vector = VECTOR // size
+
+        @inline
+        def corner(tid):
+            return udiv(tid, across), urem(tid, across)
+
+        @inline
+        def output_corner(tid):
+            return udiv(tid, across), mul(urem(tid, across), vector)
+
+    def abt(dim: int):
+        """(tid, a, b) -> A B', rows of `dim` numbers."""
+        stride = t.stride(dim)
+        if t.mma:
+            product = tile.mma_abt(scores, t.storage, dim * size, stride, stride)
+
+            @inline
+            def of(tid, a, b):
+                lane = urem(tid, 32)
+                row = add(mul(udiv(tid, 32), warp_rows), urem(lane, 16))
+                at_a = add(add(a, mul(row, stride)), mul(udiv(lane, 16), 16))
+                key = add(urem(lane, 8), mul(udiv(lane, 16), 8))
+                at_b = add(add(b, mul(key, stride)), mul(urem(udiv(lane, 8), 2), 16))
+                return product(at_a, at_b)
+
+        else:
+            product = tile.simt_abt(scores, dim * size, stride, stride)
+
+            @inline
+            def of(tid, a, b):
+                row, col = corner(tid)
+                return product(add(a, mul(row, stride)), add(b, mul(col, stride)))
+
+        return of
+
+    def pb(dim: int):
+        """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers."""
+        stride, regs = t.stride(dim), t.output(dim)
+        if t.mma:
+            product = tile.mma_pb(regs, scores, t.storage, stride)
+            rescale = tile.with_row(_times, regs)
+
+            @inline
+            def of(tid, o, alpha, p, b, p_memory):
+                lane = urem(tid, 32)
+                at = add(add(b, mul(urem(lane, 16), stride)), mul(udiv(lane, 16), 16))
+                return product(rescale(o, alpha), p, at)
+
+        else:
+            p_stride, sync_warp = t.p_stride, tile.sync_warp
+            store = tile.simt_store_p(scores, p_stride)
+            product = tile.simt_pb(regs, t.cols, p_stride, stride, CHUNK)
+
+            @inline
+            def of(tid, o, alpha, p, b, p_memory):
+                row, col = corner(tid)
+                at = add(p_memory, mul(row, p_stride))
+                sync_warp()  # the row's threads are in one warp: nobody else reads or writes these rows of P
+                store(p, add(at, mul(col, size)))
+                sync_warp()
+                return product(o, alpha, at, add(b, mul(col, VECTOR)))
+
+        return of
+
+    n_cols = len(scores.cols)
+
+    @inline
+    def element(e):
+        """Row and column, from the thread's corner, of element e of its scores."""
+        a, c = udiv(e, n_cols), urem(e, n_cols)
+        if t_mma:
+            return mul(a, 8), add(mul(udiv(c, 2), 8), urem(c, 2))
+        return mul(a, down), mul(c, across)
+
+    return SimpleNamespace(corner=corner, output_corner=output_corner, abt=abt, pb=pb, element=element)
+
+
+def _times(x, y):
+    return x * y
+
+
+# (largest head size, then threads, rows, cols, across, stages of the tilings to try in turn): the first whose shared
+# memory fits is taken. Rows and columns are queries and keys; in "keys" keys and queries. docs/cuda.md has what each
+# costs.
+_Shape = tuple[int, int, int, int, int]
+_TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
+    ("forward", "half"): [
+        (64, [(128, 128, 64, 0, 1)]),
+        (128, [(128, 128, 32, 0, 1)]),
+        (256, [(128, 64, 32, 0, 1)]),
+    ],
+    ("queries", "half"): [
+        (128, [(128, 64, 64, 0, 1)]),
+        (256, [(128, 64, 32, 0, 1), (128, 64, 16, 0, 1)]),
+    ],
+    ("keys", "half"): [
+        (64, [(128, 64, 64, 0, 2)]),
+        (128, [(128, 64, 32, 0, 2)]),
+        (256, [(128, 64, 16, 0, 2), (128, 64, 16, 0, 1)]),
+    ],
+    ("forward", "f32"): [
+        (64, [(128, 128, 32, 8, 1)]),
+        (128, [(128, 64, 32, 16, 1)]),
+        (256, [(128, 32, 16, 16, 1)]),
+    ],
+    ("queries", "f32"): [
+        (64, [(128, 64, 32, 16, 1)]),
+        (128, [(128, 32, 32, 16, 1)]),
+        (256, [(128, 16, 16, 16, 1)]),
+    ],
+    ("keys", "f32"): [
+        (64, [(128, 64, 32, 16, 2)]),
+        (128, [(128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
+        (256, [(128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
+    ],
+    ("forward", "f64"): [
+        (64, [(128, 64, 32, 8, 1)]),
+        (128, [(128, 32, 16, 16, 1)]),
+        (256, [(64, 8, 8, 8, 1)]),
+    ],
+    ("queries", "f64"): [
+        (64, [(128, 32, 32, 16, 1)]),
+        (128, [(128, 16, 16, 16, 1)]),
+        (256, [(64, 8, 8, 8, 1)]),
+    ],
+    ("keys", "f64"): [
+        (64, [(128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
+        (128, [(128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
+        (256, [(64, 8, 8, 8, 2), (64, 8, 8, 8, 1)]),
+    ],
+}
+LARGEST = 256  # head size
+
+
+def padded(storage: str, across: int, qk_dim: int, v_dim: int) -> tuple[int, int]:
+    """Head sizes as the products take them."""
+    if across == 0:
+        return -(-qk_dim // 16) * 16, -(-v_dim // 16) * 16
+    unit = across * VECTOR // SIZE[storage]  # every thread has whole vectors of every product's columns
+    return -(-qk_dim // unit) * unit, -(-v_dim // unit) * unit
+
+
+def choose(
+    kernel: str, storage: str, qk_dim: int, v_dim: int, memory: Callable[[Tiling], dict[str, int]], limit: int
+) -> Tiling | None:
+    """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory; None where
+    there is none."""
+    kind = storage if storage in ("f32", "f64") else "half"
+    for largest, shapes in _TABLES[kernel, kind]:
+        if max(qk_dim, v_dim) <= largest:
+            for threads, rows, cols, across, stages in shapes:
+                t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, qk_dim, v_dim), stages)
+                if memory(t)["size"] <= limit:
+                    return t
+    return None

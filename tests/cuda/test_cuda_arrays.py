@@ -1,0 +1,703 @@
+"""Device arrays of other libraries, in and out, with exporters that are known byte by byte: ours in the emulated
+device, ctypes ones that count, and what NumPy, torch and JAX make of arrays in host memory, which differ from those on
+a GPU by two numbers in a capsule."""
+
+import ctypes
+import gc
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from emulator import DlpackArray, EmulatedDevice, InterfaceArray
+
+from numba_attn.cuda import arrays, driver
+
+try:
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
+try:
+    import torch
+except ImportError:
+    torch = None
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    jax = None
+
+needs_ml_dtypes = pytest.mark.skipif(ml_dtypes is None, reason="no ml_dtypes")
+needs_torch = pytest.mark.skipif(torch is None, reason="no torch")
+needs_jax = pytest.mark.skipif(jax is None, reason="no JAX")
+
+
+@pytest.fixture
+def device():
+    with driver.use(EmulatedDevice()) as device:
+        yield device
+
+
+def of_library(kind, base):
+    """A class that says it comes from this library, as torch.Tensor does."""
+    return type("Tensor", (base,), {"__module__": kind})
+
+
+X = np.arange(2 * 5 * 6, dtype=np.float32).reshape(2, 5, 6)
+VIEWS = {
+    "contiguous": X,
+    "transposed": X.transpose(2, 0, 1),
+    "padded rows": X[:, :, 1:4],
+    "every other": X[:, ::2],
+    "negative": X[::-1, :, ::-1],
+    "broadcast": np.broadcast_to(X[:, :1], (2, 7, 6)),
+    "broadcast of a negative": np.broadcast_to(X[::-1, 2, None, :], (2, 3, 6)),
+    "one number": X[0, 0, 3],
+    "no axes": np.array(3.0, np.float32),
+    "empty": X[:, :0],
+}
+DTYPES = ["f8", "f4", "f2", "?", "i1", "u1", "i4", "i8", "u2", "c8"]
+
+
+# ---------------------------------------------------------------- what is a device array
+
+
+def test_is_device_array(device):
+    class Where:
+        def __init__(self, *at):
+            self.at = at
+
+        def __dlpack_device__(self):
+            if not self.at:
+                raise BufferError("on many devices")
+            return self.at
+
+    for x in (DlpackArray(device, X), InterfaceArray(device, X), Where(2, 0), Where(13, 3)):
+        assert arrays.is_device_array(x)
+    for x in (X, X[0], np.float32(1), np.ma.masked_array(X), [1.0], None, 3, "cuda", Where(1, 0), Where(3, 0), Where()):
+        assert not arrays.is_device_array(x)
+    if torch is not None:
+        assert not arrays.is_device_array(torch.ones(3))
+        assert not arrays.is_device_array(torch.ones(3, device="meta"))
+    if jax is not None and jax.default_backend() == "cpu":
+        assert not arrays.is_device_array(jnp.ones(3))
+
+
+def test_kind_of():
+    assert arrays.kind_of(of_library("cupy._core.core", object)()) == "cupy"
+    assert arrays.kind_of(of_library("numba.cuda.cudadrv.devicearray", object)()) == "numba"
+    assert arrays.kind_of(type("Mine", (of_library("torch.nn.parameter", object),), {})()) == "torch"
+    assert arrays.kind_of(of_library("torchlike", object)()) == ""
+    if torch is not None:
+        assert arrays.kind_of(torch.nn.Parameter(torch.ones(2))) == "torch"
+    if jax is not None:
+        assert arrays.kind_of(jnp.ones(2)) == "jax"
+
+
+# ---------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(device, kind, view):
+    """Nothing is copied: the record points into the exporter's memory, element by element."""
+    x = np.asarray(VIEWS[view])
+    given = kind(device, x)
+    found = arrays.describe(given, "q", 0)
+    assert (found.shape, found.dtype, found.device, found.read_only) == (x.shape, x.dtype, 0, False)
+    assert found.kind == "" and found.stream == 0
+    # NumPy sets the strides of axes with one element, and of empty arrays, as it likes.
+    for n, ours, theirs in zip(x.shape, found.strides, x.strides, strict=True):
+        assert n == 1 or ours == theirs or x.size == 0
+    for index in np.ndindex(x.shape):
+        at = found.address + sum(i * s for i, s in zip(index, found.strides, strict=True))
+        assert device.bytes_at(at, 4).view(np.float32)[0] == x[index]
+
+
+@pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(device, kind, dtype):
+    found = arrays.describe(kind(device, np.zeros((2, 3), dtype)), "q", 0)
+    assert found.dtype == np.dtype(dtype) and found.strides == (3 * found.dtype.itemsize, found.dtype.itemsize)
+
+
+@needs_ml_dtypes
+@pytest.mark.parametrize("versioned", [True, False])
+def test_bfloat16(device, versioned):
+    given = DlpackArray(device, X.astype(ml_dtypes.bfloat16)[:, ::-1])
+    given.versioned = versioned
+    found = arrays.describe(given, "q", 0)
+    assert found.dtype == ml_dtypes.bfloat16 and found.strides == (60, -12, 2)
+
+    # Through __cuda_array_interface__ only where the array has a NumPy dtype, as Numba's.
+    given = InterfaceArray(device, X.astype(ml_dtypes.bfloat16))
+    assert given.__cuda_array_interface__["typestr"] == "<V2"
+    assert arrays.describe(given, "q", 0).dtype == ml_dtypes.bfloat16
+
+
+def test_bfloat16_without_ml_dtypes(monkeypatch):
+    """The stand-in has what the package asks of a dtype."""
+    from numba_attn.arrays import accumulation
+
+    monkeypatch.delitem(arrays._DTYPES, (4, 16, 1), raising=False)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    dtype = arrays.bfloat16()
+    assert (dtype.name, dtype.itemsize, dtype.isnative) == ("bfloat16", 2, True)
+    monkeypatch.setattr("numba_attn.arrays._ACC", {})
+    assert accumulation(dtype, "q") is np.float32
+    assert arrays.bfloat16() is dtype
+    monkeypatch.delitem(arrays._DTYPES, (4, 16, 1))
+
+
+@pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
+def test_read_only(device, kind):
+    assert arrays.describe(kind(device, X, read_only=True), "q", 0).read_only
+    jax_array = of_library("jaxlib._jax", kind)(device, X)
+    assert arrays.describe(jax_array, "q", 0).read_only == (kind is DlpackArray)
+
+
+def test_memory_lives_with_the_record(device):
+    for kind in (DlpackArray, InterfaceArray):
+        found = arrays.describe(kind(device, X), "q", 0)
+        gc.collect()
+        assert device.bytes_at(found.address, 4).view(np.float32)[0] == 0
+        address = found.address
+        del found
+        gc.collect()
+        with pytest.raises(IndexError):
+            device.bytes_at(address, 4)
+
+
+@pytest.mark.parametrize("stream, told", [(0, 1), (1, 1), (2, 2), (0x7000, 0x7000)])
+def test_stream_is_told_to_the_exporter(device, stream, told):
+    given = DlpackArray(device, X)
+    handle = arrays.Stream(stream)
+    assert arrays.describe(given, "q", handle).stream == stream
+    assert given.streams == [told] and type(given.streams[0]) is int  # torch refuses a class derived from int
+
+
+@pytest.mark.parametrize(
+    "producer, version, waits",
+    [(None, 3, []), (1, 3, [("wait", 9, 1)]), (2, 3, [("wait", 9, 2)]), (77, 3, [("wait", 9, 77)]), (77, 2, [])],
+)
+def test_stream_of_the_producer(device, producer, version, waits):
+    given = InterfaceArray(device, X)
+    given.producer, given.version = producer, version
+    arrays.describe(given, "q", 9)
+    assert device.calls == waits
+
+
+def test_exporter_without_versions(device):
+    given = DlpackArray(device, X)
+    given.versioned = False
+    assert arrays.describe(given, "q", 5).shape == X.shape
+    assert given.streams == [5]
+
+
+# ---------------------------------------------------------------- capsules
+
+
+class Exporter:
+    """A capsule written field by field from dlpack.h, whose deleter counts. Like the C exporters, it is called by the
+    capsule's destructor, unless a consumer has renamed the capsule."""
+
+    def __init__(self, *, version=None, flags=0, strides=None, code=2, bits=32, lanes=1, offset=0, data=0x1000000000):
+        shape = (2, 3)
+        self.deleted = 0
+        self.shape = (ctypes.c_int64 * 2)(*shape)
+        self.strides = (ctypes.c_int64 * 2)(*strides) if strides else None
+        head = version is not None
+        self.buffer = ctypes.create_string_buffer(80)
+        at = ctypes.addressof(self.buffer)
+
+        def put(kind, where, value):
+            kind.from_address(at + where).value = value
+
+        tensor = 32 if head else 0
+        context = 8 if head else 48
+        self.delete = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.deleter)
+        put(ctypes.c_void_p, context + 8, ctypes.cast(self.delete, ctypes.c_void_p).value)
+        if head:
+            put(ctypes.c_uint32, 0, version[0])
+            put(ctypes.c_uint32, 4, version[1])
+            put(ctypes.c_uint64, 24, flags)
+        put(ctypes.c_void_p, tensor, data)
+        put(ctypes.c_int32, tensor + 8, 2)
+        put(ctypes.c_int32, tensor + 12, 0)
+        put(ctypes.c_int32, tensor + 16, 2)
+        put(ctypes.c_uint8, tensor + 20, code)
+        put(ctypes.c_uint8, tensor + 21, bits)
+        put(ctypes.c_uint16, tensor + 22, lanes)
+        put(ctypes.c_void_p, tensor + 24, ctypes.addressof(self.shape))
+        put(ctypes.c_void_p, tensor + 32, ctypes.addressof(self.strides) if strides else None)
+        put(ctypes.c_uint64, tensor + 40, offset)
+        self.name = b"dltensor_versioned" if head else b"dltensor"
+        self.destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.destructor)
+
+    def capsule(self):
+        new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+            ("PyCapsule_New", ctypes.pythonapi)
+        )
+        return new(ctypes.addressof(self.buffer), self.name, ctypes.cast(self.destroy, ctypes.c_void_p))
+
+    def destructor(self, capsule):
+        valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
+            ("PyCapsule_IsValid", ctypes.pythonapi)
+        )
+        if valid(capsule, self.name):
+            self.delete(ctypes.addressof(self.buffer))
+
+    def deleter(self, managed):
+        self.deleted += managed == ctypes.addressof(self.buffer)
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **keywords):
+        return self.capsule()
+
+
+@pytest.mark.parametrize("version", [None, (1, 0), (1, 3)])
+def test_deleter_is_called_once(device, version):
+    exporter = Exporter(version=version)
+    found = arrays.describe(exporter, "q", 0)
+    gc.collect()
+    assert exporter.deleted == 0
+    copy = tuple(found)
+    del found
+    assert exporter.deleted == 0
+    del copy
+    gc.collect()
+    assert exporter.deleted == 1
+
+
+@pytest.mark.parametrize("version", [None, (1, 0)])
+def test_fields_of_a_capsule(device, version):
+    found = arrays.describe(Exporter(version=version, strides=(-4, 2), offset=40), "q", 0)
+    assert (found.address, found.shape, found.strides) == (0x1000000028, (2, 3), (-16, 8))
+    assert arrays.describe(Exporter(version=version), "q", 0).strides == (12, 4)  # none: C order
+
+
+@pytest.mark.parametrize("flags, read_only", [(0, False), (1, True), (2, True), (3, True), (4, False)])
+def test_flags(device, flags, read_only):
+    assert arrays.describe(Exporter(version=(1, 0), flags=flags), "q", 0).read_only == read_only
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"version": (2, 0)}, r"^q comes as DLPack 2\.0; versions 0 and 1 are read"),
+        (
+            {"code": 10, "bits": 8},
+            r"^q has a dtype that NumPy lacks \(DLPack code 10, 8 bits\); it takes float64, float32",
+        ),
+        ({"code": 2, "bits": 32, "lanes": 4}, r"^q has a dtype.*code 2, 4 times 32 bits"),
+        ({"code": 3, "bits": 64}, r"^q has a dtype.*code 3"),
+    ],
+)
+def test_bad_capsules(device, options, message):
+    """Refused, and released."""
+    exporter = Exporter(**options)
+    with pytest.raises(TypeError, match=message):
+        arrays.describe(exporter, "q", 0)
+    gc.collect()
+    assert exporter.deleted == 1
+
+
+def test_used_capsule(device):
+    exporter = DlpackArray(device, X)
+    capsule = exporter.__dlpack__(stream=None)
+    rename = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", ctypes.pythonapi))
+    used = b"used_dltensor"
+    rename(capsule, used)
+    exporter.__class__ = type("Used", (DlpackArray,), {"__dlpack__": lambda self, **keywords: capsule})
+    with pytest.raises(TypeError, match=r"^q\.__dlpack__\(\) gives <capsule object \"used_dltensor\".*unused DLPack"):
+        arrays.describe(exporter, "q", 0)
+    rename(capsule, b"dltensor")
+
+
+def read(x, **keywords):
+    return arrays._read_capsule(x.__dlpack__(**keywords), "x")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("keywords", [{}, {"max_version": (1, 0)}], ids=["legacy", "versioned"])
+def test_capsules_of_numpy(view, keywords):
+    x = np.array(0) + VIEWS[view] if view == "broadcast" else np.asarray(VIEWS[view])
+    found = read(x, **keywords) if x.flags.writeable or keywords else None
+    if found is not None:
+        assert (found.address, found.shape, found.dtype) == (x.ctypes.data, x.shape, x.dtype)
+        assert found.device_type == 1 and (found.strides == x.strides or x.size < 2)
+        assert found.read_only == (not x.flags.writeable)
+
+
+@needs_torch
+@pytest.mark.parametrize("keywords", [{}, {"max_version": (1, 0)}], ids=["legacy", "versioned"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool", "int64"])
+def test_capsules_of_torch(dtype, keywords):
+    base = torch.zeros(3, 4, 5, dtype=getattr(torch, dtype))
+    for x in (base, base.transpose(0, 2)[1:, ::2], base[:, :1].expand(3, 9, 5)):
+        found = read(x, **keywords)
+        assert found.address == x.data_ptr() and found.shape == tuple(x.shape) and found.dtype.name == dtype
+        ours = [s for n, s in zip(found.shape, found.strides, strict=True) if n > 1]
+        assert ours == [s * x.element_size() for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+
+
+@needs_jax
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "bool", "int32"])
+def test_capsules_of_jax(dtype):
+    x = jnp.zeros((3, 4), dtype)
+    found = read(x, max_version=(1, 0))
+    assert found.address == x.unsafe_buffer_pointer() and found.shape == (3, 4) and found.dtype.name == dtype
+
+
+# ---------------------------------------------------------------- errors
+
+
+class Requires(DlpackArray):
+    requires_grad = True
+
+    def __dlpack__(self, **keywords):
+        raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+
+
+class Refuses(DlpackArray):
+    def __dlpack__(self, **keywords):
+        raise BufferError("the conjugate bit is set")
+
+
+class Lost(DlpackArray):
+    def __dlpack_device__(self):
+        raise BufferError("on many devices")
+
+
+class Broken(InterfaceArray):
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("not on a GPU")
+
+
+class Liar:
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **keywords):
+        return X.__dlpack__()
+
+
+def interface(device, **changes):
+    return type(
+        "Strange",
+        (InterfaceArray,),
+        {"__cuda_array_interface__": InterfaceArray(device, X).__cuda_array_interface__ | changes},
+    )(device, X)
+
+
+TABLE = [
+    ("requires grad", lambda d: Requires(d, X), r"^q is a torch tensor that requires grad.*pass q\.detach\(\)"),
+    ("conjugate", lambda d: Refuses(d, X), r"^q is a .*Refuses that does not share its memory: the conjugate bit"),
+    ("many devices", lambda d: Lost(d, X), r"^q is a .*Lost that does not say where it is: on many devices"),
+    ("broken interface", lambda d: Broken(d, X), r"^q is a .*Broken that does not share its memory: not on a GPU"),
+    ("old interface", lambda d: interface(d, version=1), r"^q has version 1 of __cuda_array_interface__; versions 2"),
+    ("masked", lambda d: interface(d, mask=object()), r"^q is a masked array.*mask="),
+    ("two bytes", lambda d: interface(d, typestr="<V2"), r"^q has typestr '<V2'.*__dlpack__"),
+    ("other order", lambda d: interface(d, typestr=">f4"), r"^q has dtype >f4; it takes float64.*other order.*float32"),
+    ("text", lambda d: interface(d, typestr="<U3"), r"^q has dtype <U3; it takes float64, float32, float16 or"),
+    ("record", lambda d: interface(d, typestr="|V8"), r"^q has dtype \|V8; it takes float64"),
+    ("long double", lambda d: interface(d, typestr="<f16"), r"^q has dtype .*; it takes float64"),
+    ("numpy", lambda d: X, r"^q is a NumPy array; here .* on a GPU: .*torch\.from_numpy\(q\)\.cuda\(\)"),
+    ("list", lambda d: [1.0], r"^q is a list; it takes an array on a GPU"),
+    ("liar", lambda d: Liar(), r"^q says that it is on a GPU, but its DLPack capsule says device type 1"),
+]
+
+
+@pytest.mark.parametrize("make, message", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_errors(device, make, message):
+    with pytest.raises(TypeError, match=message):
+        arrays.describe(make(device), "q", 0)
+
+
+@needs_torch
+def test_torch_in_host_memory(device):
+    with pytest.raises(TypeError, match=r"^k is a torch tensor in host memory.*k\.detach\(\)\.numpy\(\).*k\.cuda\(\)"):
+        arrays.describe(torch.ones(3), "k", 0)
+
+
+@needs_jax
+def test_jax_in_host_memory(device):
+    with pytest.raises(TypeError, match=r"^v is a jax.* in host memory.*np\.asarray\(v\).*jax\.device_put\(v"):
+        arrays.describe(jnp.ones(3), "v", 0)
+
+
+def test_describe_all(device):
+    q, k = DlpackArray(device, X), InterfaceArray(device, X[:1])
+    k.producer = 5
+    found = arrays.describe_all({"q": q, "k": k, "mask": None}, stream=9)
+    assert list(found) == ["q", "k"] and {x.stream for x in found.values()} == {9}
+    assert q.streams == [9] and ("wait", 9, 5) in device.calls
+
+
+def test_mixed_arguments(device):
+    q, k = DlpackArray(device, X), of_library("torch", DlpackArray)(device, X)
+    with pytest.raises(
+        TypeError, match=r"^q and k are on a GPU and mask is in host memory; .*move it.*cupy\.asarray\(mask"
+    ):
+        arrays.describe_all({"q": q, "mask": X > 0, "k": k})
+    with pytest.raises(
+        TypeError, match=r"^k is on a GPU and q and v are in host memory.*torch\.as_tensor\(q, device=k\.dev"
+    ):
+        arrays.describe_all({"q": X, "k": k, "v": X})
+    with pytest.raises(TypeError, match=r"^q is a NumPy array; here it takes an array on a GPU"):
+        arrays.describe_all({"q": X, "k": X})
+
+
+def test_two_devices(device):
+    class Elsewhere(DlpackArray):
+        def __dlpack_device__(self):
+            return 2, 1
+
+    with pytest.raises(ValueError, match=r"^q is on CUDA device 0 and v on 1; all arrays of a call take one device"):
+        arrays.describe_all({"q": DlpackArray(device, X), "v": Elsewhere(device, X)})
+
+
+def test_hold(device, monkeypatch):
+    """Memory that its library reuses in the order of our stream need not be held."""
+    library = ModuleType("torch")
+    library.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setitem(sys.modules, "torch", library)
+    mine = of_library("torch", DlpackArray)(device, X)
+    arrays.hold(arrays.describe_all({"q": mine}))
+    assert device.calls == []
+    arrays.hold(arrays.describe_all({"q": mine}, stream=8))
+    assert device.calls == [("hold", 8)]
+    arrays.hold(arrays.describe_all({"q": mine, "k": of_library("jaxlib", DlpackArray)(device, X)}, stream=7))
+    assert device.calls == [("hold", 8), ("hold", 7)]
+    arrays.hold({})
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_streams():
+    assert arrays.resolve_stream(5) == 5 and arrays.resolve_stream(0) == 0
+    for name, handle in (
+        ("cuda_stream", 5),
+        ("ptr", 5),
+        ("handle", 5),
+        ("handle", ctypes.c_void_p(5)),
+        ("__cuda_stream__", lambda: (0, 5)),
+        ("__cuda_stream__", (0, 5)),
+    ):
+        owner = SimpleNamespace(**{name: handle})
+        found = arrays.resolve_stream(owner)
+        assert found == 5 and found.owner is owner
+    assert arrays.resolve_stream(SimpleNamespace(handle=ctypes.c_void_p(None))) == 0
+    both = SimpleNamespace(__cuda_stream__=lambda: (0, 6), handle=object())
+    assert arrays.resolve_stream(both) == 6
+
+
+@pytest.mark.parametrize("stream", ["0", 1.0, True, X, object()])
+def test_no_stream(stream):
+    with pytest.raises(
+        TypeError, match=r"^stream is .*; it takes None, a stream of torch, CuPy, Numba or cuda\.core, or a"
+    ):
+        arrays.resolve_stream(stream)
+
+
+def test_negative_stream():
+    with pytest.raises(ValueError, match=r"^stream is -1; it takes None"):
+        arrays.resolve_stream(-1)
+
+
+def test_current_stream(monkeypatch):
+    asked = []
+    library = ModuleType("torch")
+    library.cuda = SimpleNamespace(
+        current_stream=lambda device: asked.append(device) or SimpleNamespace(cuda_stream=21)
+    )
+    monkeypatch.setitem(sys.modules, "torch", library)
+    library = ModuleType("cupy")
+    library.cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=22))
+    monkeypatch.setitem(sys.modules, "cupy", library)
+    assert arrays.resolve_stream(None, "torch", 3) == 21 and asked == [3]
+    assert arrays.resolve_stream(None, "cupy", 3) == 22
+    assert arrays.resolve_stream(None, "jax", 0) == arrays.resolve_stream(None) == 0
+    assert arrays.resolve_stream(4, "torch", 3) == 4
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert arrays.resolve_stream(None, "cupy", 3) == 0
+
+
+def test_stream_lives_with_the_memory(device):
+    """It is freed in the order of its stream, which must exist then."""
+    gone = []
+
+    class Mine:
+        ptr = 12
+
+        def __del__(self):
+            gone.append(1)
+
+    result = arrays.empty((3,), np.dtype("f4"), device, arrays.resolve_stream(Mine()))
+    gc.collect()
+    assert not gone
+    del result
+    assert gone
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_device_array(device):
+    result = arrays.empty((2, 3), np.dtype("f4"), device, 4)
+    assert (result.shape, result.strides, result.dtype, result.nbytes) == ((2, 3), (12, 4), np.dtype("f4"), 24)
+    assert result.address == result.memory.address and result.memory.nbytes == 24
+    told = result.__cuda_array_interface__
+    assert told == {"shape": (2, 3), "typestr": "<f4", "data": (result.address, False), "strides": None, "version": 3,
+                    "stream": 4}  # fmt: skip
+    assert arrays.empty((2,), np.dtype("f4"), device, 0).__cuda_array_interface__["stream"] == 1
+    device.fill(result.memory, 0, 0)
+    assert np.array_equal(result.copy_to_host(), np.zeros((2, 3), "f4"))
+    assert repr(result) == "<DeviceArray (2, 3) float32 on CUDA device 0>"
+    # What it exports, this package reads.
+    for x in (result, arrays.empty((0, 3), np.dtype("f8"), device, 0)):
+        found = arrays.describe(x, "q", 4)
+        assert (found.address, found.shape, found.dtype, found.read_only) == (x.address, x.shape, x.dtype, False)
+
+
+@needs_ml_dtypes
+def test_device_array_of_bfloat16(device):
+    result = arrays.empty((2, 3), np.dtype(ml_dtypes.bfloat16), device, 0)
+    assert not hasattr(result, "__cuda_array_interface__")
+    assert arrays.describe(result, "q", 0).dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize(
+    "stream, waits", [(-1, []), (None, [("wait", 1, 4)]), (1, [("wait", 1, 4)]), (9, [("wait", 9, 4)])]
+)
+def test_taker_waits_for_the_result(device, stream, waits):
+    result = arrays.empty((2, 3), np.dtype("f4"), device, 4)
+    result.__dlpack__(stream=stream)
+    assert device.calls == waits
+
+
+def test_device_array_refuses(device):
+    result = arrays.empty((2, 3), np.dtype("f4"), device, 4)
+    result.__dlpack__(dl_device=(2, 0), copy=False, max_version=(1, 1), stream=-1)
+    with pytest.raises(BufferError, match="another device"):
+        result.__dlpack__(dl_device=(1, 0))
+    with pytest.raises(BufferError, match="not copied"):
+        result.__dlpack__(copy=True)
+
+
+class HostArray(arrays.DeviceArray):
+    """A result in host memory, so that libraries without a GPU can take it: all but the device is as it would be."""
+
+    def __init__(self, x):
+        self.freed = []
+        memory = SimpleNamespace(x=x, address=x.ctypes.data, stream=0, device=SimpleNamespace(index=0))
+        super().__init__(x.shape, x.dtype, memory)
+        memory.watch = Watch(self.freed)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, **rest):
+        return arrays.make_capsule(self, self.versioned and max_version is not None and max_version[0] >= 1)
+
+    versioned = True
+
+
+class Watch:
+    def __init__(self, freed):
+        self.freed = freed
+
+    def __del__(self):
+        self.freed.append(1)
+
+
+def takers():
+    yield "numpy", np.from_dlpack
+    if torch is not None:
+        yield "torch", torch.from_dlpack
+    if jax is not None:
+        yield "jax", jax.dlpack.from_dlpack
+
+
+@pytest.mark.parametrize("name, take", list(takers()), ids=[name for name, _ in takers()])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("versioned", [True, False])
+def test_real_takers(name, take, dtype, versioned):
+    """The libraries read our capsules, share the memory and release it once, when they are done."""
+    if dtype == "bfloat16" and (ml_dtypes is None or name == "numpy"):
+        pytest.skip("no bfloat16")
+    if dtype == "float64" and name == "jax":
+        pytest.skip("JAX makes it float32")
+    room = np.zeros(256, np.uint8)  # JAX copies what is not aligned to 64 bytes
+    start = -room.ctypes.data % 64
+    x = room[start : start + 12 * np.dtype(dtype).itemsize].view(dtype).reshape(3, 4)
+    x[...] = np.arange(12).reshape(3, 4)
+    given = HostArray(x)
+    given.versioned = versioned
+    freed = given.freed
+    taken = take(given)
+    del given
+    gc.collect()
+    assert not freed
+    assert tuple(taken.shape) == (3, 4) and str(taken.dtype).removeprefix("torch.") == dtype
+    if name == "jax":
+        assert np.array_equal(np.asarray(taken), x)
+    else:
+        x[1, 2] = 99
+        assert float(taken[1, 2]) == 99
+    del taken
+    gc.collect()
+    assert freed == [1]
+
+
+@pytest.mark.parametrize("name, take", list(takers()), ids=[name for name, _ in takers()])
+def test_release_while_an_exception_passes(name, take):
+    """What dies while an exception is on its way, here a half-built tuple, does not replace it. (A ctypes callback as
+    the deleter makes a SystemError of it.)"""
+    given = [HostArray(np.zeros(3, np.float32)) for _ in range(3)]
+    freed = [x.freed for x in given]
+    with pytest.raises(ZeroDivisionError):
+        (take(given.pop()), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (given.pop().__dlpack__(), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (given.pop().__dlpack__(max_version=(1, 0)), 1 / 0)
+    gc.collect()
+    assert freed == [[1]] * 3
+
+
+def test_hand_over(device, monkeypatch):
+    result = arrays.empty((2, 3), np.dtype("f4"), device, 4)
+    assert arrays.hand_over(result, "") is result
+    for kind in ("torch", "cupy"):
+        library = ModuleType(kind)
+        library.from_dlpack = lambda x, kind=kind: (kind, x)
+        monkeypatch.setitem(sys.modules, kind, library)
+        assert arrays.hand_over(result, kind) == (kind, result)
+    assert not result.memory.settle
+    library = ModuleType("jax.dlpack")
+    library.from_dlpack = lambda x: ("jax", x)
+    monkeypatch.setitem(sys.modules, "jax", ModuleType("jax"))
+    monkeypatch.setitem(sys.modules, "jax.dlpack", library)
+    assert arrays.hand_over(result, "jax") == ("jax", result)
+    assert result.memory.settle
+    library = ModuleType("numba.cuda")
+    library.from_cuda_array_interface = lambda told, owner, sync: (told, owner, sync)
+    monkeypatch.setitem(sys.modules, "numba.cuda", library)
+    told, owner, sync = arrays.hand_over(result, "numba")
+    assert owner is result and sync is False
+    assert told == result.__cuda_array_interface__ | {"typestr": np.dtype("f4")}
+    told, _, _ = arrays.hand_over(arrays.empty((2,), np.dtype("f4"), device, 0), "numba")
+    assert told["stream"] is None  # the default stream of Numba too
+
+
+@needs_torch
+@pytest.mark.skipif(torch is not None and torch.cuda.is_available(), reason="for machines without a GPU")
+def test_torch_asks_for_a_gpu(device):
+    """As far as a torch without CUDA goes: it takes our device for a CUDA one."""
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA|cuda"):
+        arrays.hand_over(arrays.empty((2, 3), np.dtype("f4"), device, 0), "torch")

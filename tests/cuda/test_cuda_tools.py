@@ -1,0 +1,694 @@
+"""The tools of the CUDA tests, on kernels small enough to count by hand: what sass reads off machine code, and what
+mutations puts into PTX and notices."""
+
+import shutil
+
+import mutations
+import numpy as np
+import pytest
+import sass
+
+needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+needs_emulator = pytest.mark.skipif(mutations.emulator() is None, reason="no ../shared/gpu/ptxemu.py")
+every_target = pytest.mark.parametrize("cc", sass.TARGETS, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+
+HEAD = ".version 7.8\n.target sm_80\n.address_size 64\n"
+
+
+def kernel(body: str, params: str = ".param .u64 a, .param .u64 b, .param .u32 n") -> str:
+    # ptxas would unroll the loops that are counted here.
+    return f'{HEAD}.visible .entry kernel({params})\n.pragma "nounroll";\n{{\n{body}\n}}\n'
+
+
+# Per thread and step: two 128-bit loads from shared memory and the 16 products of their numbers, m of them in each of n
+# rounds with a barrier.
+PRODUCT = kernel(
+    """
+    .reg .pred %p<4>; .reg .b32 %r<12>; .reg .b64 %rd<8>; .reg .f32 %f<40>;
+    .shared .align 16 .b8 tile[4096];
+    ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b]; ld.param.u32 %r1, [n]; ld.param.u32 %r2, [m];
+    cvta.to.global.u64 %rd1, %rd1; cvta.to.global.u64 %rd2, %rd2;
+    mov.u32 %r3, %tid.x; mul.wide.u32 %rd3, %r3, 16; add.s64 %rd4, %rd1, %rd3;
+    mov.u32 %r4, tile; shl.b32 %r5, %r3, 4; add.u32 %r6, %r4, %r5;
+    """
+    + "\n".join(f"mov.f32 %f{n}, 0f00000000;" for n in range(16))
+    + """
+    OUTER:
+    ld.global.v4.f32 {%f30, %f31, %f32, %f33}, [%rd4];
+    st.shared.v4.f32 [%r6], {%f30, %f31, %f32, %f33};
+    bar.sync 0;
+    mov.u32 %r7, %r4; mov.u32 %r8, %r2;
+    INNER:
+    ld.shared.v4.f32 {%f16, %f17, %f18, %f19}, [%r7];
+    ld.shared.v4.f32 {%f20, %f21, %f22, %f23}, [%r7+2048];
+    """
+    + "\n".join(f"fma.rn.f32 %f{4 * i + j}, %f{16 + i}, %f{20 + j}, %f{4 * i + j};" for i in range(4) for j in range(4))
+    + """
+    add.u32 %r7, %r7, 16; sub.u32 %r8, %r8, 1; setp.ne.u32 %p1, %r8, 0; @%p1 bra INNER;
+    bar.sync 0;
+    add.s64 %rd4, %rd4, 4096; sub.u32 %r1, %r1, 1; setp.ne.u32 %p2, %r1, 0; @%p2 bra OUTER;
+    add.s64 %rd5, %rd2, %rd3;
+    """
+    + "\n".join(
+        f"st.global.v4.f32 [%rd5+{16 * i}], {{%f{4 * i}, %f{4 * i + 1}, %f{4 * i + 2}, %f{4 * i + 3}}};"
+        for i in range(4)
+    )
+    + "\nret;",
+    ".param .u64 a, .param .u64 b, .param .u32 n, .param .u32 m",
+)
+
+
+@needs_ptxas
+@every_target
+def test_counts_of_a_tiled_product(cc):
+    row = sass.summary(PRODUCT, cc)
+    assert (row["FFMA"], row["LDS128"], row["STS128"], row["LDG128"], row["STG128"]) == (16, 2, 1, 1, 4)
+    assert row["BAR"] == 2 and row["barriers"] == 1 and row["shared"] == 4096
+    assert row["spill_stores"] == row["spill_loads"] == row["stack"] == row["LDL"] == row["STL"] == 0
+    assert 20 < row["registers"] < 64
+
+
+@needs_ptxas
+@every_target
+def test_loops_of_a_tiled_product(cc):
+    r = sass.assemble(PRODUCT, cc)
+    outer, inner = sass.loops(r.program)
+    assert (outer.depth, inner.depth, inner.parent, outer.children) == (1, 2, outer, [inner])
+    assert sass.amount(inner.static, "FFMA") == 16 and sass.amount(outer.own, "FFMA") == 0
+    # 16 products, 2 loads, and at most an addition, a subtraction, a comparison and a branch.
+    assert 19 <= sum(inner.static.values()) <= 22
+    assert 16 / 22 <= inner.share() <= 16 / 19
+    assert sass.main_loop(r.program) is inner
+
+    counts = outer.counts(trips=100)
+    assert sass.amount(counts, "FFMA") == 1600 and sass.amount(counts, "LDS") == 200
+    assert sass.amount(counts, "BAR") == 2 and sass.amount(counts, "STS") == 1
+    assert sass.amount(outer.counts(trips=lambda loop: 5), "FFMA") == 80
+    assert sass.amount(outer.counts(trips=sass.trips_for(4096)), "FFMA") == 4096
+    assert inner.share() > outer.share(trips=100) > outer.share(trips=1)
+
+
+@needs_ptxas
+def test_the_main_loop_holds_both_products():
+    """Two loops over the head size in one over the keys, in one over the queries: the one over the keys."""
+    product = "".join(f"fma.rn.f32 %f{n}, %f{n}, %f{n}, 0f40000000;\n" for n in range(8))
+    text = kernel(
+        f"""
+        .reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<4>; .reg .f32 %f<9>;
+        ld.param.u64 %rd1, [a]; ld.param.u32 %r1, [n];
+        {"".join(f"ld.global.f32 %f{n}, [%rd1+{4 * n}];" for n in range(8))}
+        mov.u32 %r2, %r1;
+        QUERIES:
+        mov.u32 %r3, %r1;
+        KEYS:
+        mov.u32 %r4, %r1;
+        FIRST: {product} sub.u32 %r4, %r4, 1; setp.ne.u32 %p1, %r4, 0; @%p1 bra FIRST;
+        bar.sync 0;
+        mov.u32 %r5, %r1;
+        SECOND: {product} sub.u32 %r5, %r5, 1; setp.ne.u32 %p1, %r5, 0; @%p1 bra SECOND;
+        bar.sync 0;
+        sub.u32 %r3, %r3, 1; setp.ne.u32 %p2, %r3, 0; @%p2 bra KEYS;
+        sub.u32 %r2, %r2, 1; setp.ne.u32 %p3, %r2, 0; @%p3 bra QUERIES;
+        {"".join(f"st.global.f32 [%rd1+{4 * n}], %f{n};" for n in range(8))}
+        ret;"""
+    )
+    program = sass.assemble(text, (8, 0)).program
+    queries, keys, first, second = sass.loops(program)
+    assert [loop.depth for loop in (queries, keys, first, second)] == [1, 2, 3, 3]
+    assert sass.main_loop(program) is keys
+    assert sass.amount(keys.counts(trips=10), "FFMA") == 160
+
+
+@needs_ptxas
+@every_target
+def test_the_way_through_a_loop(cc):
+    """The arm with the products and without the extra work: an edge tile's arm is not what a loop costs."""
+    text = kernel(
+        f"""
+        .reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<4>; .reg .f32 %f<9>;
+        ld.param.u64 %rd1, [a]; ld.param.u32 %r1, [n];
+        mov.f32 %f1, 0f00000000;
+        LOOP:
+        ld.global.f32 %f2, [%rd1];
+        setp.gt.f32 %p1, %f2, 0f00000000;
+        @%p1 bra INNER;
+        {"ld.global.f32 %f3, [%rd1+4]; ex2.approx.f32 %f4, %f3; bar.sync 0; add.f32 %f1, %f1, %f4;" * 8}
+        bra JOIN;
+        INNER:
+        fma.rn.f32 %f1, %f2, %f1, %f2; fma.rn.f32 %f1, %f2, %f1, %f2;
+        JOIN:
+        sub.u32 %r1, %r1, 1; setp.ne.u32 %p2, %r1, 0; @%p2 bra LOOP;
+        st.global.f32 [%rd1+4], %f1;
+        ret;"""
+    )
+    (loop,) = sass.loops(sass.assemble(text, cc).program)
+    assert sass.amount(loop.static, "BAR") == 8
+    counts = loop.counts()
+    assert sass.amount(counts, "FFMA") == 2 and sass.amount(counts, "BAR") == 0 and sass.amount(counts, "MUFU") == 0
+
+
+LOCAL = kernel(
+    """
+    .local .align 4 .b8 array[256];
+    .reg .b32 %r<8>; .reg .b64 %rd<12>; .reg .f32 %f<4>;
+    ld.param.u64 %rd1, [a]; ld.param.u32 %r1, [n];
+    mov.u32 %r2, %tid.x; and.b32 %r3, %r2, 63; mul.wide.u32 %rd2, %r3, 4; mul.wide.u32 %rd3, %r1, 4;
+    mov.u64 %rd4, array; add.s64 %rd5, %rd4, %rd2; add.s64 %rd6, %rd4, %rd3;
+    ld.global.f32 %f1, [%rd1]; st.local.f32 [%rd5], %f1; ld.local.f32 %f2, [%rd6];
+    st.global.f32 [%rd1], %f2;
+    ret;"""
+)
+
+
+@needs_ptxas
+@every_target
+def test_a_local_array_is_seen(cc):
+    row = sass.summary(LOCAL, cc)
+    assert row["stack"] == 256 and row["LDL"] == 1 and row["STL"] == 1
+    assert sass.main_loop(sass.assemble(LOCAL, cc).program) is None and row["main_share"] == 0
+
+
+@needs_ptxas
+def test_spills_are_seen():
+    many = range(64)
+    text = kernel(
+        ".reg .b64 %rd<4>; .reg .f32 %f<70>; ld.param.u64 %rd1, [a];\n"
+        + "".join(f"ld.volatile.global.f32 %f{n}, [%rd1+{4 * n}];\n" for n in many)
+        + "".join(f"st.volatile.global.f32 [%rd1+{4 * n}], %f{n};\n" for n in reversed(many))
+        + "ret;"
+    ).replace(")\n.pragma", ")\n.maxnreg 32\n.pragma")
+    r = sass.assemble(text, (8, 0))
+    assert r.registers <= 32 and r.spill_stores > 0 and r.spill_loads > 0 and r.stack > 0
+
+
+@needs_ptxas
+def test_doubles_and_wide_registers():
+    text = kernel(
+        """
+        .reg .b64 %rd<4>; .reg .f64 %d<4>;
+        ld.param.u64 %rd1, [a]; ld.global.v2.f64 {%d1, %d2}, [%rd1]; fma.rn.f64 %d3, %d1, %d2, %d1;
+        st.global.f64 [%rd1], %d3; ret;"""
+    )
+    r = sass.assemble(text, (9, 0))
+    row = sass.summary(text, (9, 0))
+    assert r.program.useful == "DFMA" and (row["DFMA"], row["LDG128"], row["STG64"]) == (1, 1, 1)
+
+
+@needs_ptxas
+def test_bad_ptx_is_refused():
+    with pytest.raises(ValueError, match="rejects"):
+        sass.assemble(kernel(".reg .f32 %f<2>; add.f32 %f1, %f1; ret;"), (8, 0))
+    with pytest.raises(sass.ToolError, match="reads this PTX"):
+        sass.assemble(kernel("ret;").replace(".version 7.8", ".version 99.0"), (8, 0))
+
+
+def test_absent_tools_are_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
+    sass.tools.cache_clear()
+    try:
+        assert "no ptxas" in sass.missing()
+        with pytest.raises(sass.ToolError, match="no ptxas"):
+            sass.assemble(kernel("nop; ret;"), (8, 0))
+    finally:
+        sass.tools.cache_clear()
+
+
+def test_parse():
+    """The forms of nvdisasm's lines that a small kernel need not have."""
+    program = sass.parse(
+        "\n".join(
+            [
+                '\t.section\t.text.other,"ax"',
+                "        /*0000*/                   EXIT ;",
+                '\t.section\t.text.mine,"ax"',
+                "mine:",
+                ".text.mine:",
+                "        /*0000*/              @!PT LDS RZ, [RZ] ;",
+                "        /*0010*/                   LDGSTS.E.BYPASS.128 [R9+0x10], desc[UR8][R2.64], !PT ;",
+                ".L_x_1:",
+                "        /*0020*/              @!P0 HMMA.16816.F32 R4, R4, R8.reuse, RZ ;",
+                "        /*0030*/                   UIADD3 UR5, UPT, UPT, UR4, 0x300, URZ ;",
+                "        /*0040*/               @P1 CALL.REL.NOINC `(.L_x_3) ;",  # a jump, by another name
+                "        /*0050*/                   BRA.U !UP0, `(.L_x_1) ;",
+                "        /*0060*/                   CALL.REL.NOINC `($__internal_0_$__div) ;",
+                "        /*0070*/                   EXIT ;",
+                ".L_x_3:",
+                "        /*0080*/                   BRA `(.L_x_1);",
+                ".L_x_2:",
+                "        /*0090*/                   BRA `(.L_x_2);",
+                "        /*00a0*/                   NOP;",
+            ]
+        ),
+        "mine",
+    )
+    lds, copy, hmma, uniform, leave, branch, call, *_ = program.instructions
+    assert not lds.executed and copy.operands == ("[R9+0x10]", "desc[UR8][R2.64]", "!PT")
+    assert sass.width(copy.name) == 128 and sass.width("LDG.E.U16") == 16 and sass.width("STS") == 32
+    assert (hmma.predicate, hmma.predicated, hmma.opcode) == ("!P0", True, "HMMA")
+    assert uniform.uniform and not hmma.uniform and branch.target == 0x20
+    assert leave.jumps and leave.target == 0x80 and not call.jumps
+    # The loop of padding at the end is no loop of the kernel.
+    (loop,) = program.loops
+    assert loop.static == {"HMMA.16816.F32": 1, "UIADD3": 1, "CALL.REL.NOINC": 1, "BRA.U": 1, "BRA": 1}
+    assert loop.counts() == {"HMMA.16816.F32": 1, "UIADD3": 1, "CALL.REL.NOINC": 1, "BRA": 1}
+    assert program.useful == "HMMA" and program.count()["LDS"] == 0
+
+
+# By the rules of the programming guide, worked out by hand.
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "cc", "blocks", "limit"),
+    [
+        (32, 256, 0, (8, 0), 8, "warps"),  # 64 warps / 8
+        (64, 256, 0, (8, 0), 4, "registers"),  # 65536 / (64 x 32 x 8)
+        (65, 128, 0, (8, 0), 7, "registers"),  # 72 x 32 = 2304 a warp; 16384 // 2304 = 7 a quarter, 28 warps
+        (128, 128, 48 * 1024, (8, 0), 3, "shared"),  # 164 // 49
+        (128, 128, 48 * 1024, (8, 6), 2, "shared"),  # 100 // 49
+        (128, 128, 48 * 1024, (9, 0), 4, "registers"),  # 228 // 49 = 4 too
+        (32, 32, 0, (8, 6), 16, "blocks"),
+        (32, 32, 0, (8, 9), 24, "blocks"),
+        (32, 32, 0, (12, 0), 24, "blocks"),
+        (32, 32, 0, (10, 0), 32, "blocks"),
+        (255, 128, 0, (8, 0), 2, "registers"),  # 8192 a warp, 2 a quarter
+        (32, 256, 163 * 1024, (8, 0), 1, "shared"),
+        (32, 256, 163 * 1024 + 1, (8, 0), 0, "shared"),
+        (32, 256, 99 * 1024 + 1, (12, 0), 0, "shared"),
+        (32, 256, 227 * 1024, (9, 0), 1, "shared"),
+        (128, 1024, 0, (8, 0), 0, "registers"),  # 4096 x 32 > 65536
+        (64, 100, 0, (8, 0), 8, "registers"),  # 4 warps of 2048: 8 a quarter
+        (32, 256, 1, (8, 6), 6, "warps"),
+    ],
+)
+def test_occupancy(registers, threads, shared, cc, blocks, limit):
+    got = sass.occupancy(registers, threads, shared, cc)
+    assert (got.blocks, got.limit) == (blocks, limit)
+    assert got.warps == blocks * -(-threads // 32) and got.fraction == got.warps / sass.CHIPS[cc].warps
+
+
+def test_occupancy_refuses():
+    with pytest.raises(ValueError, match="1025 threads"):
+        sass.occupancy(32, 1025, 0, (8, 0))
+    with pytest.raises(ValueError, match="256 registers"):
+        sass.occupancy(256, 32, 0, (8, 0))
+
+
+def test_issue_bound():
+    """An 8 x 8 register tile: 64 products and 4 loads of 128 bits a step."""
+    step = {"FFMA": 64, "LDS.128": 4}
+    a100, ada = sass.issue_bound(step, (8, 0)), sass.issue_bound(step, (8, 9))
+    assert a100.cycles["fp32"] == 128 and a100.cycles["shared"] == 64 and a100.cycles["issue"] == 68
+    assert (a100.limit, a100.fraction) == ("fp32", 1.0)
+    # With twice the lanes the scheduler is what stops it: 64 of 68 slots.
+    assert (ada.limit, ada.fraction) == ("issue", 64 / 68) and ada.cycles["fp32"] == 64
+    slow = sass.issue_bound({"FFMA": 16, "LDS": 32}, (8, 0))
+    assert (slow.limit, slow.fraction) == ("shared", 32 / 128)
+    assert sass.issue_bound({"FFMA": 16, "LDS": 32}, (8, 0), shared_wavefronts=4).fraction == 32 / 48
+    assert "of peak" in str(slow)
+    # One warp alone: the products, then the loads.
+    assert a100.alone == 128 / 192
+    # Half of the FFMA are the tile's products.
+    assert sass.issue_bound({"FFMA": 64}, (8, 0), products=32).fraction == 0.5
+
+    tensor = sass.issue_bound({"HMMA.16816.F32": 64, "LDSM.16.M88.4": 32, "MUFU.EX2": 16}, (8, 0))
+    assert tensor.cycles["tensor"] == 512 and tensor.cycles["shared"] == 512 and tensor.cycles["xu"] == 128
+    assert tensor.fraction == 1.0
+    assert sass.issue_bound({"DFMA": 10, "DADD": 10}, (8, 9)).cycles["fp64"] == 20 * 64
+    assert sass.issue_bound({"DFMA": 10, "DADD": 10}, (9, 0)).fraction == 0.5
+    # IMAD goes through one half of the pipe only, where there are two.
+    assert sass.issue_bound({"IMAD": 10, "FFMA": 2}, (9, 0)).cycles["imad"] == 20
+    assert sass.issue_bound({"FFMA2": 10}, (10, 0)).fraction == 1.0
+    copy = sass.issue_bound({"LDGSTS.E.BYPASS.128": 1, "FFMA": 1}, (8, 9))
+    assert copy.cycles["l2"] == 512 * 4 / 64 and copy.cycles["shared"] == 16
+
+
+# ------------------------------------------------------------------------------------------------------------ mutations
+
+# sum_j v[j] softmax(x[row])[j] for one row a block, online over tiles of 64 keys, with 2 warps.
+SOFTMAX = kernel(
+    """
+    .reg .pred %p<8>; .reg .b32 %r<24>; .reg .b64 %rd<12>; .reg .f32 %f<32>;
+    .shared .align 16 .b8 part[32];
+    ld.param.u64 %rd1, [x]; ld.param.u64 %rd2, [v]; ld.param.u64 %rd3, [out]; ld.param.u32 %r3, [n];
+    cvta.to.global.u64 %rd1, %rd1; cvta.to.global.u64 %rd2, %rd2; cvta.to.global.u64 %rd3, %rd3;
+    mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mul.lo.u32 %r4, %r2, %r3;
+    shr.u32 %r5, %r1, 5; and.b32 %r6, %r1, 31; shl.b32 %r7, %r5, 2; mov.u32 %r8, part; add.u32 %r9, %r8, %r7;
+    mov.f32 %f1, 0fFF800000; mov.f32 %f2, 0f00000000; mov.f32 %f3, 0f00000000;
+    mov.u32 %r10, %r1; mov.u32 %r12, 0;
+    LOOP:
+    mov.f32 %f4, 0fFF800000; mov.f32 %f5, 0f00000000;
+    setp.ge.u32 %p1, %r10, %r3;
+    @%p1 bra LOADED;
+    add.u32 %r11, %r4, %r10; mul.wide.u32 %rd4, %r11, 4; add.s64 %rd5, %rd1, %rd4; ld.global.f32 %f4, [%rd5];
+    mul.wide.u32 %rd6, %r10, 4; add.s64 %rd7, %rd2, %rd6; ld.global.f32 %f5, [%rd7];
+    LOADED:
+    mov.f32 %f6, %f4;
+    """
+    + "".join(
+        f"mov.b32 %r13, %f6; shfl.sync.bfly.b32 %r14, %r13, {lane}, 31, -1;\n"
+        f"mov.b32 %f7, %r14; max.f32 %f6, %f6, %f7;\n"
+        for lane in (16, 8, 4, 2, 1)
+    )
+    + """
+    setp.eq.u32 %p2, %r6, 0;
+    @%p2 st.shared.f32 [%r9], %f6;
+    bar.sync 0;
+    ld.shared.v2.f32 {%f8, %f9}, [%r8];
+    max.f32 %f10, %f8, %f9; max.f32 %f11, %f1, %f10;
+    setp.eq.f32 %p3, %f11, 0fFF800000; selp.f32 %f12, 0f00000000, %f11, %p3;
+    sub.f32 %f13, %f1, %f12; ex2.approx.ftz.f32 %f14, %f13;
+    sub.f32 %f15, %f4, %f12; ex2.approx.ftz.f32 %f16, %f15;
+    fma.rn.f32 %f2, %f2, %f14, %f16;
+    mul.f32 %f3, %f3, %f14; fma.rn.f32 %f3, %f16, %f5, %f3;
+    mov.f32 %f1, %f11;
+    bar.sync 0;
+    add.u32 %r10, %r10, 64; add.u32 %r12, %r12, 64; setp.lt.u32 %p4, %r12, %r3;
+    @%p4 bra LOOP;
+    """
+    + "".join(
+        f"mov.b32 %r13, %f{f}; shfl.sync.bfly.b32 %r14, %r13, {lane}, 31, -1; mov.b32 %f7, %r14;\n"
+        f"add.f32 %f{f}, %f{f}, %f7;\n"
+        for f in (2, 3)
+        for lane in (16, 8, 4, 2, 1)
+    )
+    + """
+    setp.eq.u32 %p2, %r6, 0; setp.eq.u32 %p6, %r1, 0; and.pred %p7, %p6, %p2;
+    @%p2 st.shared.f32 [%r9+8], %f2;
+    @%p2 st.shared.f32 [%r9+16], %f3;
+    bar.sync 0;
+    ld.shared.v2.f32 {%f20, %f21}, [%r8+8]; ld.shared.v2.f32 {%f22, %f23}, [%r8+16];
+    add.f32 %f24, %f20, %f21; add.f32 %f25, %f22, %f23; div.rn.f32 %f26, %f25, %f24;
+    @!%p7 bra DONE;
+    mul.wide.u32 %rd8, %r2, 4; add.s64 %rd9, %rd3, %rd8; st.global.f32 [%rd9], %f26;
+    DONE:
+    ret;""",
+    ".param .u64 x, .param .u64 v, .param .u64 out, .param .u32 n",
+)
+
+# D = A B for one warp: A 16 x k and B k x 8 in float16, in two buffers filled by cp.async, zeros where k ends.
+STAGE = 768
+COPY = """
+    add.u32 %r24, {k0}, %r5; setp.lt.u32 %p2, %r24, %r2; selp.b32 %r25, 16, 0, %p2;
+    add.u32 %r26, %r9, {at}; cp.async.cg.shared.global [%r26], [{a}], 16, %r25;
+    add.u32 %r24, {k0}, %r1; setp.lt.u32 %p2, %r24, %r2; selp.b32 %r25, 16, 0, %p2;
+    @%p1 cp.async.cg.shared.global [%r26+512], [{b}], 16, %r25;
+"""
+MATMUL = kernel(
+    """
+    .reg .pred %p<8>; .reg .b32 %r<40>; .reg .b64 %rd<20>; .reg .f32 %f<12>;
+    .shared .align 16 .b8 tile[1536];
+    ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b]; ld.param.u64 %rd3, [d]; ld.param.u32 %r2, [k];
+    cvta.to.global.u64 %rd1, %rd1; cvta.to.global.u64 %rd2, %rd2; cvta.to.global.u64 %rd3, %rd3;
+    mov.u32 %r1, %tid.x; shr.u32 %r3, %r1, 1; and.b32 %r4, %r1, 1; shl.b32 %r5, %r4, 3;
+    mad.lo.u32 %r6, %r3, %r2, %r5; mul.wide.u32 %rd4, %r6, 2; add.s64 %rd5, %rd1, %rd4;
+    mul.wide.u32 %rd6, %r1, 16; add.s64 %rd7, %rd2, %rd6; setp.lt.u32 %p1, %r1, 16;
+    mov.u32 %r8, tile; shl.b32 %r7, %r1, 4; add.u32 %r9, %r8, %r7;
+    and.b32 %r10, %r1, 15; shr.u32 %r11, %r1, 4; shl.b32 %r12, %r10, 5; shl.b32 %r13, %r11, 4;
+    add.u32 %r14, %r12, %r13; add.u32 %r14, %r14, %r8; shl.b32 %r15, %r10, 4; add.u32 %r16, %r8, %r15;
+    mov.f32 %f1, 0f00000000; mov.f32 %f2, 0f00000000; mov.f32 %f3, 0f00000000; mov.f32 %f4, 0f00000000;
+    mov.u32 %r20, 0; mov.u32 %r21, 0;
+    """
+    + COPY.format(k0="%r20", at="%r21", a="%rd5", b="%rd7")
+    + """
+    cp.async.commit_group;
+    LOOP:
+    add.u32 %r22, %r20, 16; sub.u32 %r23, 768, %r21; add.s64 %rd5, %rd5, 32; add.s64 %rd7, %rd7, 256;
+    setp.ge.u32 %p5, %r22, %r2;
+    @%p5 bra COPIED;
+    """
+    + COPY.format(k0="%r22", at="%r23", a="%rd5", b="%rd7")
+    + """
+    COPIED:
+    cp.async.commit_group;
+    cp.async.wait_group 1;
+    bar.warp.sync -1;
+    add.u32 %r27, %r14, %r21; ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r30, %r31, %r32, %r33}, [%r27];
+    add.u32 %r28, %r16, %r21; ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r34, %r35}, [%r28+512];
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r30, %r31, %r32, %r33}, {%r34, %r35},
+        {%f1, %f2, %f3, %f4};
+    bar.warp.sync -1;
+    mov.u32 %r20, %r22; mov.u32 %r21, %r23;
+    setp.lt.u32 %p6, %r20, %r2;
+    @%p6 bra LOOP;
+    cp.async.wait_group 0;
+    shr.u32 %r29, %r1, 2; shl.b32 %r29, %r29, 5; and.b32 %r36, %r1, 3; shl.b32 %r36, %r36, 3; add.u32 %r29, %r29, %r36;
+    cvt.u64.u32 %rd8, %r29; add.s64 %rd9, %rd3, %rd8;
+    st.global.v2.f32 [%rd9], {%f1, %f2}; st.global.v2.f32 [%rd9+256], {%f3, %f4};
+    ret;""",
+    ".param .u64 a, .param .u64 b, .param .u64 d, .param .u32 k",
+)
+
+
+def softmax_run(n, hidden=0, shift=0, **options):
+    """A runner of SOFTMAX on 3 rows of n numbers around `shift`, the first `hidden` of the first row being -inf."""
+
+    def run(ptx):
+        rng = np.random.default_rng(n)
+        x, v = rng.normal(size=(3, n)).astype(np.float32), rng.normal(size=n).astype(np.float32)
+        x = x * (1 + abs(np.float32(shift))) + np.float32(shift)
+        x[0, :hidden] = -np.inf
+        out = np.full(3, np.nan, np.float32)
+        emu = mutations.emulator()
+        launch = emu.run(ptx, (3,), (64,), [emu.Raw(x), emu.Raw(v), emu.Raw(out), np.uint32(n)], **options)
+        p = np.exp2(x - x.max(1, keepdims=True).astype(float))
+        want = p @ v / p.sum(1)
+        wrong = None if np.allclose(out, want, rtol=0, atol=1e-5) else f"{out} for {want}"
+        return mutations.findings(launch, wrong)
+
+    return run
+
+
+def matmul_run(k, **options):
+    def run(ptx):
+        rng = np.random.default_rng(k)
+        a, b = rng.normal(size=(16, k)).astype(np.float16), rng.normal(size=(k, 8)).astype(np.float16)
+        d = np.full((16, 8), np.nan, np.float32)
+        emu = mutations.emulator()
+        launch = emu.run(ptx, (1,), (32,), [emu.Raw(a), emu.Raw(b), emu.Raw(d), np.uint32(k)], **options)
+        error = np.abs(d - a.astype(float) @ b.astype(float)).max()
+        return mutations.findings(launch, None if error < 1e-4 else f"error {error}")
+
+    return run
+
+
+# A maximum matters only where exp2 of the bare score overflows, or is 0 for a whole row.
+SOFTMAX_RUNS = {
+    "ragged": softmax_run(150, hidden=70),
+    "short": softmax_run(3),
+    "whole": softmax_run(128),
+    "high": softmax_run(100, shift=500),
+    "low": softmax_run(100, shift=-500),
+}
+# A copy that lands when it is waited for shows a wait left out, one that lands at once a barrier left out.
+MATMUL_RUNS = {
+    "ragged": matmul_run(40),
+    "short": matmul_run(8),
+    "whole": matmul_run(48),
+    "early": matmul_run(48, async_late=False),
+}
+BOTH = {"softmax": (SOFTMAX, SOFTMAX_RUNS), "matmul": (MATMUL, MATMUL_RUNS)}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Every mutant of the two kernels, run: 15 s."""
+    if mutations.emulator() is None:
+        pytest.skip("no ../shared/gpu/ptxemu.py")
+    out = {}
+    for name, (ptx, runs) in BOTH.items():
+        mutants = mutations.draw(ptx, np.random.default_rng(0), 10**6)
+        assert len(mutants) == sum(map(len, mutations.candidates(ptx).values())) > 200
+        out[name] = mutations.survivors(runs, ptx, mutants)
+    return out
+
+
+def test_every_kind_applies_and_is_noticed(reports):
+    noticed = {o.mutation.kind for report in reports.values() for o in report.outcomes if o.classes}
+    assert noticed == set(mutations.KINDS)
+    assert not any(report.invalid for report in reports.values())
+
+
+def test_every_class_is_seen(reports):
+    seen = {name for report in reports.values() for o in report.outcomes for name in o.classes}
+    assert seen >= set(mutations.CLASSES) - {"sync"}  # a lone "sync" is below
+
+
+def verdict(report, line):
+    """What became of the mutants whose text begins so."""
+    found = [o for o in report.outcomes if str(o.mutation).partition(": ")[2].startswith(line)]
+    assert found, line
+    return found
+
+
+def test_bugs_that_leave_the_numbers_right(reports):
+    """A barrier left out, a store without its guard: the emulator runs the warps in one order, so only the race checks
+    see them."""
+    for kernel_name, line in (
+        ("softmax", "bar.sync 0;  ->  (removed)"),
+        ("matmul", "bar.warp.sync -1;  ->  (removed)"),
+        ("softmax", "@%p2 st.shared.f32 [%r9], %f6;  ->  st"),
+    ):
+        for o in verdict(reports[kernel_name], line):
+            assert "race" in o.classes and o in reports[kernel_name].silent, str(o)
+
+
+def test_what_notices_what(reports):
+    softmax, matmul = reports["softmax"], reports["matmul"]
+    for report, line, name in (
+        (softmax, "fma.rn.f32 %f2, %f2, %f14, %f16;  ->  add", "numbers"),
+        (softmax, "mul.f32 %f3, %f3, %f14;  ->  mov.f32 %f3, %f3", "numbers"),
+        (softmax, "max.f32 %f11, %f1, %f10;", "numbers"),
+        (softmax, "setp.eq.f32 %p3, %f11, 0fFF800000;  ->  setp.eq.f32 %p3, %f11, 0f7F800000", "numbers"),
+        (softmax, "setp.ge.u32 %p1, %r10, %r3;  ->  setp.gt", "bounds"),
+        (softmax, "@%p4 bra LOOP;  ->  bra LOOP", "hang"),
+        (matmul, "cp.async.wait_group 1;  ->  cp.async.wait_group 2", "numbers"),
+        (matmul, "mma.sync", "numbers"),
+        (matmul, "cp.async.cg.shared.global [%r26], [%rd5], 16, %r25;  ->  (removed)", "numbers"),
+    ):
+        assert all(name in o.classes for o in verdict(report, line)), (line, [str(o) for o in verdict(report, line)])
+
+
+def test_survivors_are_explained(reports):
+    """Known by hand to compute the same: the two halves of a pair that are then added, the last wait (nothing is under
+    way), a clamp that leaves lane 0 alone, a first factor that alpha = 0 wipes out."""
+    for report in reports.values():
+        assert {o.fate for o in report.survived} <= {"same", "survived"}
+    matmul = {str(o.mutation).partition(": ")[2] for o in reports["matmul"].survived}
+    assert matmul == {
+        "cp.async.wait_group 0;  ->  cp.async.wait_group 1;",
+        "cp.async.wait_group 0;  ->  (removed)",
+        "setp.ge.u32 %p5, %r22, %r2;  ->  setp.gt.u32 %p5, %r22, %r2;",
+        "@%p5 bra COPIED;  ->  (removed)",
+    }
+    assert {o.fate for o in reports["matmul"].survived} == {"same"}
+    assert len(reports["softmax"].survived) < 0.15 * len(reports["softmax"].outcomes)
+    swapped = verdict(reports["softmax"], "ld.shared.v2.f32 {%f8, %f9}")
+    assert {o.fate for o in swapped if o.mutation.kind == "fragment"} == {"same"}
+
+
+@needs_emulator
+def test_more_problems_notice_more():
+    mutants = mutations.candidates(SOFTMAX)["extremum"]
+    one = mutations.survivors(SOFTMAX_RUNS["ragged"], SOFTMAX, mutants)
+    all_of_them = mutations.survivors(SOFTMAX_RUNS, SOFTMAX, mutants)
+    assert len(one.survived) > len(mutants) / 2 > 4 * len(all_of_them.survived)
+
+
+@needs_emulator
+def test_an_unreached_statement_is_named():
+    """Where every length is a multiple of the tile, no problem takes the branch around the loads."""
+    text = SOFTMAX.replace("LOADED:", "bra LOADED;\nOTHER:\nmul.f32 %f5, %f5, 0f40000000;\nbra LOADED;\nLOADED:")
+    text = text.replace("@%p1 bra LOADED;", "@%p1 bra OTHER;")
+    mutants = [m for m in mutations.candidates(text)["constant"] if m.before.startswith("mul.f32 %f5")]
+    report = mutations.survivors(softmax_run(128), text, mutants)
+    assert len(report.survived) == len(mutants) == 5
+    assert not any(o.reached for o in report.survived) and "no problem runs it" in str(report.survived[0])
+
+
+@needs_ptxas
+@pytest.mark.parametrize("name", BOTH)
+def test_mutants_assemble(name):
+    ptx = BOTH[name][0]
+    for mutation in mutations.draw(ptx, np.random.default_rng(1), 12):
+        assert sass.assemble(mutation.apply(ptx), (8, 0)).registers, str(mutation)
+
+
+def test_draw_is_seeded_and_spread():
+    def first(seed, n=40):
+        return mutations.draw(SOFTMAX, np.random.default_rng(seed), n)
+
+    assert first(3) == first(3) != first(4)
+    assert len(set(first(3, 200))) == 200
+    assert len({m.kind for m in first(5)}) >= 10  # not only the 90 shuffles and 73 offsets
+    assert {m.kind for m in mutations.draw(SOFTMAX, np.random.default_rng(0), 9, ["barrier", "store"])} == {
+        "barrier",
+        "store",
+    }
+
+
+def test_statements():
+    """Comments, labels, scopes of inline assembly, vectors and several statements on one line."""
+    text = kernel(
+        """
+        .reg .b32 %r<4>; // bar.sync 1;
+        $L__BB0_1:
+        /* ret; */ @!%p1 ld.global.v2.b32 {%r1,%r2}, [%rd1+8];  .loc 1 2 3
+        { .reg .b16 t; mov.b16 t, 5; }
+        bar.sync \t0;
+        ret;"""
+    )
+    got = [(s.guard, s.name, s.operands) for s in mutations.statements(text)]
+    assert got == [
+        ("@!%p1", "ld.global.v2.b32", ("{%r1,%r2}", "[%rd1+8]")),
+        ("", "mov.b16", ("t", "5")),
+        ("", "bar.sync", ("0",)),
+        ("", "ret", ()),
+    ]
+    (barrier,) = mutations.candidates(text)["barrier"]
+    assert (
+        "bar.sync" not in barrier.apply(text).replace("// bar.sync", "")
+        and barrier.line == text[: barrier.start].count("\n") + 1
+    )
+    assert mutations.candidates(text)["guard"][1].after.startswith("@%p1 ld.global")
+
+
+@needs_emulator
+def test_a_deadlock_is_a_sync_finding_and_a_loop_is_stopped():
+    ptx = kernel(
+        """
+        .reg .pred %p<3>; .reg .b32 %r<4>;
+        mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 64;
+        @%p1 bra HERE;
+        bar.sync 1;
+        HERE: bar.sync 0;
+        ret;"""
+    )
+    emu = mutations.emulator()
+
+    def run(text):
+        return mutations.findings(emu.run(text, (1,), (64,), [np.uint64(0), np.uint64(0), np.uint32(0)]))
+
+    negated = [m for m in mutations.candidates(ptx)["compare"] if "gt" in m.after or "le" in m.after]
+    shifted = [m for m in mutations.candidates(ptx)["index"] if m.after.endswith("63;")]
+    report = mutations.survivors(run, ptx, negated + shifted)
+    assert {frozenset(o.classes) for o in report.outcomes} == {frozenset(), frozenset(["sync"])}
+    assert report.outcomes[-1].classes == {"sync"} and report.outcomes[-1].stopped
+
+    with pytest.raises(mutations.Hang), mutations.watchdog(1000):
+        run(kernel("AGAIN: bra AGAIN; ret;"))
+    assert run(ptx) is None  # the emulator is as it was
+
+
+@needs_emulator
+def test_verdicts_of_a_runner():
+    mutants = mutations.candidates(MATMUL)["store"]
+
+    def wrong(ptx):
+        np.testing.assert_array_equal(int(ptx != MATMUL), 0)
+
+    def broken(ptx):
+        if ptx != MATMUL:
+            raise KeyError("x")
+
+    def unknown(ptx):
+        if ptx != MATMUL:
+            raise mutations.emulator().PTXError("unsupported instruction: x")
+
+    assert all(o.classes == {"numbers"} for o in mutations.survivors(wrong, MATMUL, mutants).outcomes)
+    for run in (broken, unknown):
+        report = mutations.survivors(run, MATMUL, mutants)
+        assert len(report.invalid) == len(mutants) and not report.survived
+    with pytest.raises(ValueError, match="itself does not pass first: bad"):
+        mutations.survivors({"first": lambda ptx: "bad"}, MATMUL, mutants)
+    assert mutations.classify("RACE shared read-after-write x3: ld") == {"race"}
+    assert mutations.classify("numbers: error 3\nUNINITIALISED shared read x1: ld") == {"numbers", "uninitialised"}
+    assert mutations.classify("membermask differs from live lanes x2: shfl") == {"sync"}
+
+
+@needs_emulator
+def test_a_survivor_in_its_context(reports):
+    o = next(o for o in reports["matmul"].survived if "setp" in o.mutation.before)
+    shown = mutations.context(MATMUL, o.mutation)
+    assert "setp.gt.u32" in shown and "%p5 is read on lines" in shown and "@%p5 bra COPIED" in shown
+    table = str(reports["matmul"])
+    assert table.splitlines()[0].split() == list(mutations.FATES)
+    assert table.splitlines()[-1].split()[0] == "all"
