@@ -4,6 +4,9 @@ Where reading an element has to mean more than its number, an array reaches the 
 integers, all of its axes or the first ones, and has shape, size, ndim and len.
 """
 
+# Typed by Numba, whose stubs lack most of what is used here.
+# mypy: disable-error-code="attr-defined, name-defined, assignment, call-overload"
+
 import operator
 from types import SimpleNamespace
 

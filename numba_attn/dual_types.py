@@ -9,6 +9,9 @@ At a kink: abs'(0) is 0, min and max follow the operand that they return (the fi
 the chosen side alone, comparisons, // and math.floor have the derivative 0.
 """
 
+# Typed by Numba, whose stubs lack most of what is used here.
+# mypy: disable-error-code="attr-defined, name-defined, assignment, call-overload"
+
 import itertools
 import math
 import operator

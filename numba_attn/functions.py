@@ -4,6 +4,9 @@ Plain functions of a float, branch-free, over a few names that each target has o
 over them into vector code on a CPU, and on a GPU no thread waits for another.
 """
 
+# Typed by Numba, whose stubs lack most of what is used here.
+# mypy: disable-error-code="attr-defined, name-defined, assignment, call-overload"
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -6,6 +6,9 @@ for them is written once, here, as rules over LLVM values; `build` registers it 
 have registries of their own, and each its own classes, so that neither sees the other's).
 """
 
+# Typed by Numba, whose stubs lack most of what is used here.
+# mypy: disable-error-code="attr-defined, name-defined, assignment, call-overload"
+
 import math
 import operator
 from collections.abc import Callable
@@ -142,7 +145,7 @@ _BITS: dict[Any, Callable[..., int]] = {
 # ---------------------------------------------------------------- the types
 
 
-class _Types:
+class _Types(SimpleNamespace):
     """The two types of one target, and what meets what."""
 
     def __init__(self):

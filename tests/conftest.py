@@ -1,17 +1,24 @@
-"""What pytest needs to know beyond pyproject.toml: a marker for tests that start processes, and --quick."""
+"""What pytest needs to know beyond pyproject.toml: two markers, --quick and --ladder."""
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="skip the tests marked slow or processes")
+    parser.addoption("--ladder", action="store_true", help="also the CUDA tests that take hours in the emulator")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "processes: starts fresh Python processes, some of which compile")
+    config.addinivalue_line("markers", "ladder: part of the CUDA kernels' whole verification; runs with --ladder")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--ladder"):
+        hours = pytest.mark.skip(reason="takes long in the emulator: --ladder")
+        for item in items:
+            if "ladder" in item.keywords:
+                item.add_marker(hours)
     if config.getoption("--quick"):
         skip = pytest.mark.skip(reason="--quick")
         for item in items:

@@ -244,14 +244,15 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     log2e, hidden, one = number(LOG2E), number(-np.inf), number(1)
     load_row, add, mul, inside, choose = tile.load_row, tile.add, tile.mul, tile.inside, tile.choose
     seen, changed = _seen(f, at), _changed(f, at, acc)
+    multiply_add = tile.multiply_add
     natural, softcap, every = f.natural, f.softcap, f.every_pair
     mod_slope, cap_slope = f.derivatives and f.score_mod is not None, f.derivatives and f.softcap
 
     @inline
     def scaled(x, reals):
         """(score, derivative of softcap)"""
-        x = x * number(reals.scale)
-        x = x + (x - x)  # an infinite feature has no finite answer, and -inf must not pass for a hidden pair
+        # x - x is 0, or NaN: an infinite feature has no finite answer, and -inf must not pass for a hidden pair.
+        x = multiply_add(x, number(reals.scale), x - x)
         if softcap:
             t = tanh(x * number(reals.softcap_in))
             return number(reals.softcap_out) * t, one - t * t

@@ -513,13 +513,22 @@ def _ldmatrix(builder: Any, offset: Any, immediate: int, transposed: bool) -> li
 
 
 def _mma(builder: Any, storage: str, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
+    """One product of fragments: 32 bytes of each row of A and B, 16 halves or 8 float32 rounded to tf32."""
+    shape, kind = ("m16n8k8", "tf32") if storage == "f32" else ("m16n8k16", storage)
     text = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{storage}.{storage}.f32 "
+        f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     four = ir.LiteralStructType([FLOAT] * 4)
     r = _warp_asm(builder, four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c], False)
     return unpack(builder, r, 4)
+
+
+def _rounded(builder: Any, storage: str, words: Sequence[Any]) -> list[Any]:
+    """Words of a fragment as mma wants them: float32 rounded to nearest tf32, where it would cut the bits off."""
+    if storage != "f32":
+        return list(words)
+    return [_asm(builder, I32, "cvt.rna.tf32.f32 $0, $1;", "=r,f", [builder.bitcast(w, FLOAT)]) for w in words]
 
 
 def pack_pair(builder: Any, storage: str, low: Any, high: Any) -> Any:
@@ -544,9 +553,10 @@ def mma_abt(regs: Registers, storage: str, bytes_wide: int, a_stride: int, b_str
             at_a, at_b = (as_i32(builder, x) for x in args)
             acc = [ir.Constant(FLOAT, 0.0)] * regs.size
             for k in range(bytes_wide // 32):
-                rows = [_ldmatrix(builder, at_a, 16 * m * a_stride + 32 * k, False) for m in range(m_tiles)]
+                fragments = [_ldmatrix(builder, at_a, 16 * m * a_stride + 32 * k, False) for m in range(m_tiles)]
+                rows = [_rounded(builder, storage, f) for f in fragments]
                 for n in range(0, n_tiles, 2):
-                    pair = _ldmatrix(builder, at_b, 8 * n * b_stride + 32 * k, False)
+                    pair = _rounded(builder, storage, _ldmatrix(builder, at_b, 8 * n * b_stride + 32 * k, False))
                     for m in range(m_tiles):
                         for half in range(2):
                             at = _fragment(regs, m, n + half)
@@ -585,6 +595,40 @@ def mma_pb(regs: Registers, p_regs: Registers, storage: str, b_stride: int) -> A
                             new = _mma(builder, storage, weights[m], values, [o[e] for e in at])
                             for e, x in zip(at, new, strict=True):
                                 o[e] = x
+            return context.make_tuple(builder, sig.return_type, o)
+
+        return regs.type(o, p, b), codegen
+
+    return pb
+
+
+@cache
+def tf32_pb(regs: Registers, p_regs: Registers, b_stride: int) -> Any:
+    """(o, p, b) -> o + P B with the tensor cores, float32 rounded to tf32. b: where the lane's first number lies.
+
+    A lane holds columns 2q and 2q + 1 of P, where an A fragment wants q and q + 4: so the rows of B are taken in that
+    order too, and the sum is the same.
+    """
+    m_tiles, n_tiles, k_tiles = len(regs.rows) // 2, len(regs.cols) // 2, len(p_regs.cols) // 2
+
+    @intrinsic
+    def pb(typingctx, o, p, b):
+        def codegen(context, builder, sig, args):
+            o, p = unpack(builder, args[0], regs.size), unpack(builder, args[1], p_regs.size)
+            at_b = as_i32(builder, args[2])
+            for k in range(k_tiles):
+                weights = []
+                for m in range(m_tiles):
+                    low0, low1, high0, high1 = (builder.bitcast(p[e], I32) for e in _fragment(p_regs, m, k))
+                    weights.append(_rounded(builder, "f32", [low0, high0, low1, high1]))
+                for n in range(n_tiles):
+                    places = [shared(builder, at_b, (8 * k + r) * b_stride + 32 * n, I32) for r in (0, 1)]
+                    values = _rounded(builder, "f32", [builder.load(x, align=4) for x in places])
+                    for m in range(m_tiles):
+                        at = _fragment(regs, m, n)
+                        new = _mma(builder, "f32", weights[m], values, [o[e] for e in at])
+                        for e, x in zip(at, new, strict=True):
+                            o[e] = x
             return context.make_tuple(builder, sig.return_type, o)
 
         return regs.type(o, p, b), codegen

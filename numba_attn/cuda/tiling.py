@@ -135,7 +135,17 @@ def products(t: Tiling) -> SimpleNamespace:
     def pb(dim: int):
         """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers."""
         stride, regs = t.stride(dim), t.output(dim)
-        if t.mma:
+        if t.mma and t.storage == "f32":
+            product = tile.tf32_pb(regs, scores, stride)
+            rescale = tile.with_row(_times, regs)
+
+            @inline
+            def of(tid, o, alpha, p, b, p_memory):
+                lane = urem(tid, 32)
+                at = add(add(b, mul(urem(lane, 4), 2 * stride)), mul(udiv(lane, 4), 4))
+                return product(rescale(o, alpha), p, at)
+
+        elif t.mma:
             product = tile.mma_pb(regs, scores, t.storage, stride)
             rescale = tile.with_row(_times, regs)
 
@@ -197,6 +207,21 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
         (128, [(128, 64, 32, 0, 2)]),
         (256, [(128, 64, 16, 0, 2), (128, 64, 16, 0, 1)]),
     ],
+    ("forward", "tf32"): [
+        (64, [(128, 128, 64, 0, 1)]),
+        (128, [(128, 64, 32, 0, 1)]),
+        (256, [(64, 32, 16, 0, 1)]),
+    ],
+    ("queries", "tf32"): [
+        (64, [(128, 64, 32, 0, 1)]),
+        (128, [(128, 64, 16, 0, 1)]),
+        (256, [(64, 32, 16, 0, 1)]),
+    ],
+    ("keys", "tf32"): [
+        (64, [(128, 64, 32, 0, 2)]),
+        (128, [(128, 64, 16, 0, 2), (128, 64, 16, 0, 1)]),
+        (256, [(64, 32, 16, 0, 1)]),
+    ],
     ("forward", "f32"): [
         (64, [(128, 128, 32, 8, 1)]),
         (128, [(128, 64, 32, 16, 1)]),
@@ -240,11 +265,17 @@ def padded(storage: str, across: int, qk_dim: int, v_dim: int) -> tuple[int, int
 
 
 def choose(
-    kernel: str, storage: str, qk_dim: int, v_dim: int, memory: Callable[[Tiling], dict[str, int]], limit: int
+    kernel: str,
+    storage: str,
+    qk_dim: int,
+    v_dim: int,
+    memory: Callable[[Tiling], dict[str, int]],
+    limit: int,
+    tf32: bool = False,
 ) -> Tiling | None:
     """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory; None where
-    there is none."""
-    kind = storage if storage in ("f32", "f64") else "half"
+    there is none. tf32: tensor cores for float32."""
+    kind = "tf32" if tf32 and storage == "f32" else storage if storage in ("f32", "f64") else "half"
     for largest, shapes in _TABLES[kernel, kind]:
         if max(qk_dim, v_dim) <= largest:
             for threads, rows, cols, across, stages in shapes:
