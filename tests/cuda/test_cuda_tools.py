@@ -567,7 +567,7 @@ def test_survivors_are_explained(reports):
 
 @needs_emulator
 def test_more_problems_notice_more():
-    mutants = mutations.candidates(SOFTMAX)["extremum"]
+    mutants = mutations.candidates(SOFTMAX)["extremum"][::2]
     one = mutations.survivors(SOFTMAX_RUNS["ragged"], SOFTMAX, mutants)
     all_of_them = mutations.survivors(SOFTMAX_RUNS, SOFTMAX, mutants)
     assert len(one.survived) > len(mutants) / 2 > 4 * len(all_of_them.survived)
@@ -588,7 +588,7 @@ def test_an_unreached_statement_is_named():
 @pytest.mark.parametrize("name", BOTH)
 def test_mutants_assemble(name):
     ptx = BOTH[name][0]
-    for mutation in mutations.draw(ptx, np.random.default_rng(1), 12):
+    for mutation in mutations.draw(ptx, np.random.default_rng(1), 5):
         assert sass.assemble(mutation.apply(ptx), (8, 0)).registers, str(mutation)
 
 
@@ -673,7 +673,11 @@ def test_verdicts_of_a_runner():
         if ptx != MATMUL:
             raise mutations.emulator().PTXError("unsupported instruction: x")
 
+    def raced(ptx):
+        assert ptx == MATMUL, "kernel, 1 blocks:\n  RACE shared read-after-write: x3"
+
     assert all(o.classes == {"numbers"} for o in mutations.survivors(wrong, MATMUL, mutants).outcomes)
+    assert all(o.classes == {"race"} and o.stopped for o in mutations.survivors(raced, MATMUL, mutants).outcomes)
     for run in (broken, unknown):
         report = mutations.survivors(run, MATMUL, mutants)
         assert len(report.invalid) == len(mutants) and not report.survived
@@ -684,6 +688,63 @@ def test_verdicts_of_a_runner():
     assert mutations.classify("membermask differs from live lanes x2: shfl") == {"sync"}
 
 
+ATOMIC = kernel(
+    """
+    .reg .pred %p<3>; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+    .shared .align 4 .b8 most[4];
+    mov.u32 %r1, %tid.x; mov.pred %p1, 0; setp.eq.or.u32 %p1, %r1, 0, %p1;
+    @%p1 st.shared.u32 [most], 0;
+    bar.sync 0;
+    atom.shared.max.u32 %r2, [most], %r1;
+    bar.sync 0;
+    ld.param.u64 %rd1, [a]; ld.shared.u32 %r3, [most];
+    @%p1 st.global.u32 [%rd1], %r3;
+    ret;"""
+)
+
+
+@needs_emulator
+def test_a_barrier_before_an_atomic_is_missed():
+    emu = mutations.emulator()
+
+    def run(ptx):
+        out = np.zeros(1, np.uint32)
+        launch = emu.run(ptx, (1,), (64,), [emu.Raw(out), np.uint64(0), np.uint32(0)])
+        return mutations.findings(launch, None if out[0] == 63 else str(out))
+
+    first, second = mutations.survivors(run, ATOMIC, mutations.candidates(ATOMIC)["barrier"]).outcomes
+    assert first.classes == {"race"} and "atomic-after-write" in first.text
+    assert "race" in second.classes and "read-after-write" in second.text
+    stores = mutations.survivors(run, ATOMIC, mutations.candidates(ATOMIC)["store"]).outcomes
+    assert "uninitialised" in stores[0].classes
+
+
+@needs_emulator
+def test_warps_in_random_order_keep_their_own_copies():
+    """Two warps, each with its own group of a cp.async copy."""
+    ptx = kernel(
+        """
+        .reg .b32 %r<8>; .reg .b64 %rd<8>;
+        .shared .align 16 .b8 tile[1024];
+        ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b];
+        mov.u32 %r1, %tid.x; mul.wide.u32 %rd3, %r1, 16; add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3;
+        mov.u32 %r2, tile; shl.b32 %r3, %r1, 4; add.u32 %r3, %r3, %r2;
+        cp.async.cg.shared.global [%r3], [%rd4], 16;
+        bar.warp.sync -1;
+        cp.async.commit_group;
+        bar.warp.sync -1;
+        cp.async.wait_group 0;
+        ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3];
+        st.global.v4.b32 [%rd5], {%r4, %r5, %r6, %r7};
+        ret;"""
+    )
+    emu = mutations.emulator()
+    for seed in range(8):
+        x, y = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
+        launch = emu.run(ptx, (1,), (64,), [emu.Raw(x), emu.Raw(y), np.uint32(0)], schedule="random", seed=seed)
+        assert mutations.findings(launch) is None and np.array_equal(x, y)
+
+
 @needs_emulator
 def test_a_survivor_in_its_context(reports):
     o = next(o for o in reports["matmul"].survived if "setp" in o.mutation.before)
@@ -692,3 +753,52 @@ def test_a_survivor_in_its_context(reports):
     table = str(reports["matmul"])
     assert table.splitlines()[0].split() == list(mutations.FATES)
     assert table.splitlines()[-1].split()[0] == "all"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A tiled product as numba-cuda compiles it: 16 x 16 threads, tiles in shared memory."""
+    cuda = pytest.importorskip("numba_attn.cuda.compile", exc_type=ImportError).cuda
+    f32 = np.float32
+
+    def product(a, b, c):
+        sa, sb = cuda.shared.array((16, 16), "float32"), cuda.shared.array((16, 16), "float32")
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        row, col = cuda.blockIdx.y * 16 + y, cuda.blockIdx.x * 16 + x
+        total = f32(0)
+        for k0 in range(0, a.shape[1], 16):
+            sa[y, x] = a[row, k0 + x] if row < a.shape[0] and k0 + x < a.shape[1] else f32(0)
+            sb[y, x] = b[k0 + y, col] if k0 + y < a.shape[1] and col < b.shape[1] else f32(0)
+            cuda.syncthreads()
+            for k in range(16):
+                total += sa[y, k] * sb[k, x]
+            cuda.syncthreads()
+        if row < c.shape[0] and col < c.shape[1]:
+            c[row, col] = total
+
+    return cuda.compile_ptx(product, "void(float32[:,::1], float32[:,::1], float32[:,::1])", cc=(8, 0))[0]
+
+
+@needs_ptxas
+def test_a_compiled_kernel(compiled):
+    program = sass.assemble(compiled, (8, 0)).program
+    loop = sass.main_loop(program)
+    # The loop over tiles, or where the inner one was not unrolled, that one.
+    assert 16 <= sass.amount(loop.counts(trips=16), "FFMA") <= 256 and program.useful == "FFMA"
+    row = sass.summary(compiled, (8, 0))
+    assert row["BAR"] == 2 and row["shared"] == 2048 and row["LDL"] == row["STL"] == 0
+
+
+@needs_emulator
+def test_mutants_of_a_compiled_kernel(compiled):
+    def run(ptx):
+        rng = np.random.default_rng(0)
+        a, b = rng.normal(size=(20, 37)).astype(np.float32), rng.normal(size=(37, 23)).astype(np.float32)
+        c = np.full((20, 23), np.nan, np.float32)
+        launch = mutations.emulator().run(ptx, (2, 2), (16, 16), [a, b, c])
+        return mutations.findings(launch, None if np.allclose(c, a.astype(float) @ b, atol=1e-4) else "c")
+
+    barriers = mutations.survivors(run, compiled, mutations.candidates(compiled)["barrier"]).outcomes
+    assert len(barriers) == 2 and all("race" in o.classes for o in barriers)
+    report = mutations.survivors(run, compiled, mutations.draw(compiled, np.random.default_rng(0), 20))
+    assert not report.invalid and len(report.survived) < 8, "\n".join(map(str, report.survived))
