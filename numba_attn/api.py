@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import plan
-from .arrays import Array
+from .arrays import Array, advice
 from .gradients import (
     Gradients,
     check_aux_grad,
@@ -48,6 +48,7 @@ def attention(
     out: Any = None,
     return_lse: bool = False,
     backend: str = "auto",
+    stream: Any = None,
 ) -> Any:
     """Scaled dot-product attention, softmax(scale q k' + ...) v, in O(S) memory.
 
@@ -95,7 +96,11 @@ def attention(
     return_lse : bool
         Also return lse, the log of the softmax denominator (sinks included), q's shape without the last axis; float64
         for float64, else float32.
-    backend : "auto" or "cpu"
+    backend : "auto", "cpu" or "cuda"
+        "auto" computes where the arrays are; "cuda" copies NumPy arrays to the GPU and the results back.
+    stream : None, int or stream
+        For a GPU: the CUDA stream to compute on, a CUstream handle or an object of torch, CuPy, Numba or cuda.core;
+        the current one of torch or CuPy for their arrays, else the default stream, if left out.
 
     Returns
     -------
@@ -106,9 +111,16 @@ def attention(
     ------
     TypeError, ValueError
         Naming the argument, what was given and what is accepted; the caller's arrays are as they were.
+    RuntimeError
+        Naming what a GPU was asked for and lacks: a package, the driver, a device.
 
     Notes
     -----
+    Every array may be one on a GPU instead: of torch, CuPy, JAX, Numba or any library with DLPack or
+    __cuda_array_interface__. Then all are, on one device; the settings in a Mask and align stay in host memory. The
+    result is an array of q's library. The work is left on the stream: nothing waits for it, and nothing is copied to
+    the host.
+
     The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a
     NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows. Online
     softmax: Milakov and Gimelshein 2018; tiles: Dao et al. 2022.
@@ -131,6 +143,7 @@ def attention(
         and alibi_slopes is None
         and sinks is None
         and seed is None
+        and stream is None
         and type(aux) is tuple
         and not aux
         and type(dropout_p) is float
@@ -172,6 +185,12 @@ def attention(
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     options = _options(locals())
+    if _on_gpu(q, k, v, backend):
+        from .cuda import on_device
+
+        result, lse = on_device.attention(q, k, v, options, out, bool(return_lse), stream)
+        return (result, lse) if return_lse else result
+    _check_stream(stream, backend)
     problem = plan.resolve(q, k, v, **options)
     if out is None:
         result = np.empty(plan.output_shape(problem), problem.dtype)
@@ -183,7 +202,7 @@ def attention(
     if backend == "cuda":
         from .cuda import attention as on_cuda
 
-        on_cuda(problem, view, lse_view)
+        on_cuda(problem, view, lse_view, stream)
     elif _jit_is_off():
         _dense(result, lse, q, k, v, options)
     else:
@@ -219,6 +238,7 @@ def attention_vjp(
     out: Any = None,
     return_lse: bool = False,
     backend: str = "auto",
+    stream: Any = None,
 ) -> tuple[Any, Pullback]:
     """Attention and its pullback: the gradients of whatever is computed from out, in O(S) memory.
 
@@ -227,15 +247,19 @@ def attention_vjp(
     q, k, v, causal, ..., backend
         As in `attention`.
     aux_grad : tuple of int
-        Positions in aux of the arrays that get a gradient, (0,) for the first; arrays of floats only.
+        Positions in aux of the arrays that get a gradient, (0,) for the first; arrays of floats only. On a GPU the
+        pullback then waits for the kernels, which tell whether score_mod reads what has no gradient.
+    stream : None, int or stream
+        As in `attention`, for the forward pass; the pullback takes its own.
 
     Returns
     -------
     out : ndarray, or (out, lse)
         As `attention` returns them.
     pullback : Pullback
-        pullback(dout, dlse=None) -> Gradients. dout has out's shape and dtype, dlse lse's shape. It may be called again
-        and again; it keeps references to the arguments, which must not have changed by then, and copies of out and lse.
+        pullback(dout, dlse=None, stream=None) -> Gradients. dout has out's shape and dtype, dlse lse's shape. It may be
+        called again and again; it keeps references to the arguments, which must not have changed by then, and copies of
+        out and lse.
 
     Notes
     -----
@@ -255,12 +279,20 @@ def attention_vjp(
     (1, 2, 16, 8)
     """
     options = _options(locals())
+    _check_backend(backend)
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
-    problem = plan.resolve(q, k, v, **options)
-    check_aux_grad(aux_grad, problem.aux)
-    result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
-    pullback = Pullback(problem, (q, k, v), options, result.copy(), lse.copy(), tuple(aux_grad), backend)
+    if _on_gpu(q, k, v, backend):
+        from .cuda import on_device
+
+        result, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, out, bool(return_lse), stream)
+        pullback = Pullback(None, (q, k, v), options, kept, tuple(aux_grad), backend)
+    else:
+        problem = plan.resolve(q, k, v, **options)
+        check_aux_grad(aux_grad, problem.aux)
+        result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend, stream=stream)
+        views = plan.bhsd_view(result.copy(), layout), plan.bhsd_view(lse.copy(), layout)
+        pullback = Pullback(problem, (q, k, v), options, views, tuple(aux_grad), backend)
     return ((result, lse) if return_lse else result), pullback
 
 
@@ -289,6 +321,7 @@ def attention_backward(
     seed: int | None = None,
     layout: str = "bhsd",
     backend: str = "auto",
+    stream: Any = None,
 ) -> Gradients:
     """The gradients of `attention`, from its results: `attention_vjp` without a closure.
 
@@ -296,8 +329,8 @@ def attention_backward(
     ----------
     dout : ndarray
         The gradient with respect to out: its shape and dtype.
-    q, k, v, causal, ..., backend
-        As `attention` was called with.
+    q, k, v, causal, ..., backend, stream
+        As `attention` was called with; the stream may be another.
     out, lse : ndarray
         What it returned with return_lse=True.
     dlse : ndarray
@@ -325,10 +358,16 @@ def attention_backward(
     """
     options = _options(locals())
     _check_backend(backend)
+    if _on_gpu(q, k, v, backend):
+        from .cuda import on_device
+
+        return on_device.attention_backward(dout, q, k, v, out, lse, dlse, options, aux_grad, stream)
+    _check_stream(stream, backend)
     problem = plan.resolve(q, k, v, **options)
     asked = check_aux_grad(aux_grad, problem.aux)
     views = check_results(problem, out, lse)
-    return _backward(problem, (q, k, v), options, *views, *check_cotangents(problem, dout, dlse), asked, backend)
+    cotangents = check_cotangents(problem, dout, dlse)
+    return _backward(problem, (q, k, v), options, *views, *cotangents, asked, backend, stream)
 
 
 def attention_jvp(
@@ -449,24 +488,30 @@ class Pullback:
 
     def __init__(
         self,
-        problem: plan.Problem,
+        problem: plan.Problem | None,  # None: the arrays are on a GPU
         inputs: tuple[Any, Any, Any],
         options: dict[str, Any],
-        out: Array,
-        lse: Array,
+        results: tuple[Any, Any],  # out and lse: (B, H, S, ...) views, on a GPU the arrays
         aux_grad: tuple[int, ...],
         backend: str,
     ):
         self._problem, self._inputs, self._options, self._aux_grad = problem, inputs, options, aux_grad
-        self._backend = backend
-        self._out, self._lse = (plan.bhsd_view(x, problem.layout) for x in (out, lse))
+        self._results, self._backend = results, backend
 
-    def __call__(self, dout: Any, dlse: Any = None) -> Gradients:
-        """The gradients of sum(dout * out) + sum(dlse * lse)."""
-        problem = self._problem
+    def __call__(self, dout: Any, dlse: Any = None, *, stream: Any = None) -> Gradients:
+        """The gradients of sum(dout * out) + sum(dlse * lse).
+
+        stream: for a GPU, as in `attention`; it need not be the one that the forward call was on.
+        """
+        problem, inputs, options, (out, lse) = self._problem, self._inputs, self._options, self._results
+        if problem is None:
+            from .cuda import on_device
+
+            return on_device.attention_backward(dout, *inputs, out, lse, dlse, options, self._aux_grad, stream)
+        _check_stream(stream, self._backend)
         asked = check_aux_grad(self._aux_grad, problem.aux)
         cotangents = check_cotangents(problem, dout, dlse)
-        return _backward(problem, self._inputs, self._options, self._out, self._lse, *cotangents, asked, self._backend)
+        return _backward(problem, inputs, options, out, lse, *cotangents, asked, self._backend, stream)
 
 
 def _backward(
@@ -479,6 +524,7 @@ def _backward(
     dlse: Array | None,
     asked: tuple[bool, ...],
     backend: str,
+    stream: Any,
 ) -> Gradients:
     """The gradients in the caller's layout, shapes and dtypes; out, lse, dout and dlse are (B, H, S, ...) views."""
     if backend != "cuda" and _jit_is_off():
@@ -491,13 +537,15 @@ def _backward(
     slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
     if dlse is not None and dlse.dtype != problem.acc:
         dlse = dlse.astype(problem.acc)
+    arguments = problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
     if backend == "cuda":
-        from .cuda import attention_backward as backward
+        from .cuda import attention_backward as on_cuda
+
+        dbias, dslopes, daux, deltas = on_cuda(*arguments, stream)
     else:
         from .cpu.launch_backward import backward
-    dbias, dslopes, daux, deltas = backward(
-        problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
-    )
+
+        dbias, dslopes, daux, deltas = backward(*arguments)
     with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
         return Gradients(
             dq,
@@ -517,6 +565,36 @@ def _in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, 
 def _check_backend(backend: Any) -> None:
     if backend not in ("auto", "cpu", "cuda"):
         raise ValueError(f"backend is {backend!r}; it takes 'auto', 'cpu' or 'cuda'")
+
+
+def _check_stream(stream: Any, backend: str) -> None:
+    if stream is not None and backend != "cuda":
+        raise ValueError(
+            "stream is given, but the arrays are in host memory and the CPU computes; it takes arrays on a GPU, or "
+            "backend='cuda', beside it"
+        )
+
+
+def _on_gpu(q: Any, k: Any, v: Any, backend: str) -> bool:
+    """Whether the call is one with arrays in the memory of a GPU."""
+    if type(q) is type(k) is type(v) is np.ndarray:
+        return False
+    given = {"q": q, "k": k, "v": v}
+    for name, x in given.items():
+        kind = type(x)
+        if isinstance(x, np.ndarray) or not (
+            hasattr(kind, "__dlpack_device__") or hasattr(kind, "__cuda_array_interface__")
+        ):
+            continue
+        from .cuda.arrays import is_device_array
+
+        if is_device_array(x):
+            if backend == "cpu":
+                raise TypeError(
+                    f"backend is 'cpu', and {name} is {advice(x, name)}; 'auto' computes where the arrays are"
+                )
+            return True
+    return False
 
 
 _OPTIONS = (

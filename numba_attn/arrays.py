@@ -27,11 +27,12 @@ def plain(x: Any, name: str) -> Array:
         return x
     if isinstance(x, np.memmap):
         return x.view(np.ndarray)
-    raise TypeError(f"{name} is {_advice(x, kind, name)}")
+    raise TypeError(f"{name} is {advice(x, name)}")
 
 
-def _advice(x: Any, kind: type, name: str) -> str:
-    """What `x` is and how to make an array of it: the end of a TypeError."""
+def advice(x: Any, name: str) -> str:
+    """What `x` is and how to make a NumPy array of it: the end of a TypeError."""
+    kind = type(x)
     module = kind.__module__
     full = kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
     if x is None:
@@ -50,7 +51,8 @@ def _advice(x: Any, kind: type, name: str) -> str:
         return f"a torch tensor on {device}; it takes a NumPy array: {name}.detach(){host}.numpy()"
     if hasattr(kind, "__cuda_array_interface__"):
         # Looked up on the type: as an attribute of some arrays it raises, or waits for the device.
-        copy = f"{name}.get() in CuPy, {name}.copy_to_host() in Numba"
+        jax = module.partition(".")[0] in ("jax", "jaxlib")
+        copy = f"np.asarray({name})" if jax else f"{name}.get() in CuPy, {name}.copy_to_host() in Numba"
         return f"a {full}, an array on a GPU; it takes a NumPy array in host memory: {copy}"
     if hasattr(kind, "__array__") or hasattr(kind, "__dlpack__"):
         return f"a {full}; it takes a NumPy array: np.asarray({name})"

@@ -421,7 +421,7 @@ def compare(
                         continue
                     times[name].append(answer["seconds"])
                     if r == 0:
-                        result.error[name] = _error(case, answer["rows"])
+                        result.error[name] = error_of_rows(case, answer["rows"])
                         if not result.error[name] <= TOLERANCE[case.dtype]:
                             result.missing[name] = f"wrong by {result.error[name]:.1e}"
             result.seconds = {n: statistics.median(t) for n, t in times.items() if t and n not in result.missing}
@@ -432,7 +432,7 @@ def compare(
     return results
 
 
-def _error(case: Case, rows: list[float]) -> float:
+def error_of_rows(case: Case, rows: list[float]) -> float:
     """The largest distance of the checked rows from dense float64 attention on the inputs as the dtype rounds them."""
     from numba_attn import reference
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=_positive, default=1)
     bench.add_argument("--heads", type=_positive, default=8)
     bench.add_argument("--kv-heads", type=_positive, help="a divisor of --heads (default: --heads)")
-    bench.add_argument("--q-len", type=_positive, default=1024)
+    bench.add_argument("--q-len", type=_positive, help="default: 1024, and with --backend cuda a table of shapes")
     bench.add_argument("--kv-len", type=_positive, help="default: --q-len")
     bench.add_argument("--dim", type=_positive, default=64, help="head size")
     bench.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         "--window", type=_positive, default=0, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
     )
     bench.add_argument("--backward", action="store_true", help="out and the gradients of q, k and v")
+    bench.add_argument(
+        "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: this machine's GPU, beside torch"
+    )
     bench.add_argument("--rounds", type=_positive, default=5, help="turns of each library; the median counts")
     bench.add_argument("--seconds", type=_seconds, default=0.4, help="length of a turn")
     bench.add_argument("--threads", type=_positive, help="default: numba.get_num_threads()")
@@ -111,8 +114,7 @@ def info() -> dict[str, str]:
     lines |= {name: _text(value) for name, value in numba_attn.cpu.describe().items()}
     lines["a small call"] = call
     lines["AMX"] = _amx()
-    cuda = _version("numba-cuda")
-    lines["CUDA"] = f"numba-cuda {cuda}; this release has no CUDA backend"
+    lines["CUDA"] = _cuda()
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
     lines["environment"] = (
         " ".join(f"{name}={value}" for name, value in variables.items()) or "none that matters is set"
@@ -152,12 +154,37 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cuda() -> str:
+    from numba_attn.cuda import driver
+
+    versions = f"numba-cuda {_version('numba-cuda')}"
+    if (why := driver.missing()) is not None:
+        return f"{versions}; {why}"
+    device = driver.current()
+    return f"{versions}; {device.name}, compute capability {device.cc[0]}.{device.cc[1]}"
+
+
 def _amx() -> str:
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()
     found = [name for name in ("amx-tile", "amx-bf16", "amx-int8", "amx-fp16") if features.get(name)]
     return f"{', '.join(found)}; not used in this release" if found else "no"
+
+
+def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list | None) -> int:
+    from numba_attn.cuda import driver
+
+    if args.peak or args.json or args.libraries or args.threads:
+        parser.error("--backend cuda takes no --peak, --json, --libraries or --threads")
+    try:
+        device = driver.current()
+    except RuntimeError as why:
+        parser.error(f"--backend cuda: {why}")
+    from numba_attn.cuda import bench
+
+    print(bench.report(device, cases or bench.CASES, args.seconds))
+    return 0
 
 
 def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -177,18 +204,21 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     libraries = args.libraries.split(",") if args.libraries else default
     if unknown := [name for name in libraries if name not in bench.installed()]:
         parser.error(f"--libraries: {unknown[0]!r} is not among those found here: {', '.join(bench.installed())}")
+    q_len = args.q_len or 1024
     case = bench.Case(
         batch=args.batch,
         heads=args.heads,
         kv_heads=kv_heads,
-        q_len=args.q_len,
-        kv_len=args.kv_len or args.q_len,
+        q_len=q_len,
+        kv_len=args.kv_len or q_len,
         dim=args.dim,
         dtype=args.dtype,
         causal=args.causal,
         window=args.window,
         backward=args.backward,
     )
+    if args.backend == "cuda":
+        return _bench_cuda(args, parser, [case] if args.q_len else None)
     threads = args.threads or numba.get_num_threads()
     options = {"rounds": args.rounds, "seconds": args.seconds, "threads": threads}
 

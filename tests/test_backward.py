@@ -666,7 +666,7 @@ BAD = [
     ("aux_grad negative", TABLES | {"aux_grad": (-1,)}, ValueError, r"^aux_grad names position -1; aux has 2"),
     ("aux_grad of integers", MIXED | {"aux_grad": (1,)}, TypeError, r"^aux_grad names position 1.*int64.*floats"),
     ("aux_grad without aux", {"aux_grad": (0,)}, ValueError, r"^aux_grad names position 0; aux has 0 arrays"),
-    ("backend", {"backend": "cuda"}, ValueError, r"^backend is 'cuda'; it takes 'auto' or 'cpu'"),
+    ("backend", {"backend": "gpu"}, ValueError, r"^backend is 'gpu'; it takes 'auto', 'cpu' or 'cuda'"),
     ("backend none", {"backend": None}, ValueError, r"^backend is None"),
     ("q", {"q": [1.0]}, TypeError, r"^q is a list.*NumPy array"),
     ("k's dtype", {"k": np.ones((2, 2, 7, 3))}, TypeError, r"^q, k and v have dtypes"),

@@ -92,7 +92,7 @@ TABLE = [
     ("masked array", {"q": np.ma.masked_array(GOOD["q"])}, TypeError, r"^q is a masked array.*q\.data.*mask="),
     ("matrix", {"q": quiet_matrix}, TypeError, r"^q is a numpy\.matrix.*np\.asarray\(q\)"),
     ("subclass", {"k": GOOD["k"].view(Units)}, TypeError, r"^k is a .*Units.*subclass.*np\.asarray\(k\)"),
-    ("GPU array", {"q": OnGpu()}, TypeError, r"^q is a .*OnGpu.*GPU.*host memory.*q\.get\(\).*q\.copy_to_host\(\)"),
+    ("GPU array", {"q": OnGpu()}, TypeError, r"^q is (a .*OnGpu.*GPU.*host memory.*q\.get\(\).*q\.copy_to_host\(\)|on a GPU and k and v are in host memory.*move them)"),
     ("labelled array", {"v": Labelled()}, TypeError, r"^v is a .*Labelled.*np\.asarray\(v\)"),
     ("torch tensor", {"q": fake_torch("cpu")}, TypeError, r"^q is a torch tensor on cpu.*q\.detach\(\)\.numpy\(\)"),
     ("torch tensor on a GPU", {"k": fake_torch("cuda")}, TypeError, r"^k is a torch tensor on cuda.*k\.detach\(\)\.cpu\(\)\.numpy\(\)"),

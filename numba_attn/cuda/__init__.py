@@ -7,17 +7,18 @@ from typing import Any
 from . import driver
 
 
-def attention(*args: Any) -> None:
-    """See `launch.attention`."""
+def attention(problem: Any, out: Any, lse: Any, stream: Any) -> None:
+    """`launch.attention` of NumPy arrays, on a stream as the caller gave it."""
     driver.current()  # says what is missing, before numba-cuda is imported
-    from . import launch
+    from . import arrays, launch
 
-    launch.attention(*args)
+    launch.attention(problem, out, lse, arrays.resolve_stream(stream))
 
 
 def attention_backward(*args: Any) -> Any:
-    """See `launch.attention_backward`."""
+    """`launch.attention_backward` of NumPy arrays; the last argument is the stream as the caller gave it."""
     driver.current()
-    from . import launch
+    from . import arrays, launch
 
-    return launch.attention_backward(*args)
+    backward: Any = launch.attention_backward
+    return backward(*args[:-1], arrays.resolve_stream(args[-1]))

@@ -487,10 +487,17 @@ class _Pretend:
         self.__array_interface__ = {
             "shape": array.shape,
             "strides": array.strides,
-            "typestr": "<u2" if array.dtype.name == "bfloat16" else array.dtype.str,
+            "typestr": "<u2" if array.dtype.kind == "V" else array.dtype.str,  # bfloat16 is the only V here
             "data": (array.address, array.read_only),
             "version": 3,
         }
+
+
+def shadow(array: Input | DeviceArray) -> Array:
+    """A NumPy array with the address, shape, strides and dtype of one on a device, which keeps that alive. To look at
+    an element of it would be a crash."""
+    found = np.asarray(_Pretend(array))
+    return found.view(array.dtype) if array.dtype.kind == "V" else found
 
 
 def make_capsule(array: Any, versioned: bool) -> Any:
@@ -534,7 +541,10 @@ def hand_over(array: DeviceArray, kind: str) -> Any:
         array.memory.settle = True  # JAX's streams are its own affair
         return importlib.import_module("jax.dlpack").from_dlpack(array)
     with array.memory.device.active():
-        return library.from_dlpack(array)
+        taken = library.from_dlpack(array)
+    # What the library does with it, and the end of it, is in the order of this stream, which waits for ours.
+    array.memory.stream = resolve_stream(None, kind, array.memory.device.index)
+    return taken
 
 
 def _numba_interface(array: DeviceArray) -> dict[str, Any]:

@@ -223,7 +223,8 @@ def _step(t: Tiling, f: Features, table: int, stats: int, swapped: bool) -> Any:
     partial = tile.mapped(modify.partial, regs, results=RESULTS)
     weight, inner = _weights(t, stats, swapped)
     weights, inners = tile.mapped(weight, regs), tile.mapped(inner, regs, n_tiles=2)
-    drop = tile.mapped(build_dropout(t.acc, table, swapped), regs)
+    drop_bits = build_dropout(regs, parts.element, table, swapped)
+    scaled_where, number = tile.scaled_where(regs), exact_functions(t.acc).number
     times, cleared = tile.both(lambda x, y: x * y, regs), tile.cleared(regs)
     hidden_bits, no_bits = tile.hidden_bits(regs), tile.no_bits(regs.size)
     scores, dots = parts.abt(t.qk_dim), parts.abt(t.v_dim)
@@ -245,7 +246,8 @@ def _step(t: Tiling, f: Features, table: int, stats: int, swapped: bool) -> Any:
         dp = dots(tid, c, d)
         dropped = p
         if DROPOUT:
-            dp, dropped = drop(dp, row, col, given), drop(p, row, col, given)
+            gone, factor = drop_bits(row, col, given), number(given[1].drop_scale)
+            dp, dropped = scaled_where(dp, gone, factor), scaled_where(p, gone, factor)
         ds = inners(p, dp, row, col, given)
         if MOD:
             ds = times(ds, modified[1])
@@ -292,11 +294,11 @@ def build_queries(t: Tiling, f: Features) -> Any:
     load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
     Q_STRIDE = t.stride(t.qk_dim)
     WITH_BIAS, WITH_SLOPES = "dbias" in f.extra, "dslopes" in f.extra
-    store_bias = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
+    store_bias: Any = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
     by_distance = tile.mapped(_by_distance(t.acc, TABLE), regs)
     no_slopes, row_sum = tile.filled(t.acc, len(regs.rows), 0.0), tile.row_sum(regs)
     plus = tile.each_row(lambda x, y: x + y, regs)
-    store_slopes = tile.row_mapped(_slope_writer(t.acc, TABLE), regs) if WITH_SLOPES else None
+    store_slopes: Any = tile.row_mapped(_slope_writer(t.acc, TABLE), regs) if WITH_SLOPES else None
 
     def queries(call, reals):
         tid = thread()
@@ -475,7 +477,7 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
         j0 = np.int64(urem(block(), call.key_tiles)) * ROWS  # the first keys of a causal call have the most queries
         kv_head = np.int64(urem(rest, call.kv_heads))
         sequence = read_sequence(call, np.int64(udiv(rest, call.kv_heads)))
-        b, q_start, q_len, k_start, k_len, offset, prefix = sequence
+        b, q_start, _q_len, k_start, k_len, offset, _prefix = sequence
         if j0 >= k_len:
             return
         row, col = corner(tid)

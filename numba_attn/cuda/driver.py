@@ -520,6 +520,24 @@ class Device:
         with self.active():
             self._held.append((self._record(stream), thing))
 
+    def event(self, stream: int) -> Any:
+        """A mark on the stream, for `elapsed`."""
+        cu = self._cu
+        with self.active():
+            event = _check(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "making an event")
+            _check(cu, cu.cuEventRecord(event, stream), "recording an event")
+        return event
+
+    def elapsed(self, first: Any, last: Any) -> float:
+        """Seconds between two marks, once the device has come to the last; it uses them up."""
+        cu = self._cu
+        with self.active():
+            _check(cu, cu.cuEventSynchronize(last), f"waiting for {self.name}")
+            milliseconds = _check(cu, cu.cuEventElapsedTime(first, last), "reading the time between two events")
+            cu.cuEventDestroy(first)
+            cu.cuEventDestroy(last)
+        return float(milliseconds) / 1e3
+
     def _record(self, stream: int) -> Any:
         cu = self._cu
         event = _check(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)), "making an event")

@@ -1,7 +1,7 @@
 """The forward kernel: one tile of queries, all its keys, online softmax.
 
 K of one block is in flight while the previous block's P V is computed, and V while its own scores are: each has one
-buffer, and two barriers a block order them.
+buffer, and two barriers a block order them. With few queries a block takes a part of the keys: see decode.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..online import LN2
 from ..online import build as build_online
-from . import tile
+from . import decode, tile
 from .compile import inline
 from .rows import bitmap_words, loaders, repairer
 from .scores import (
@@ -52,12 +52,13 @@ def memory(t: Tiling) -> dict[str, int]:
     return {**places, "size": at}
 
 
-def build(t: Tiling, f: Features) -> Any:
-    """The kernel: forward(call, reals)."""
+def build(t: Tiling, f: Features, split: int = 0) -> Any:
+    """The kernel: forward(call, reals). split: a block takes so many keys, and leaves its rows' states for decode.py
+    instead of the result."""
     places = memory(t)
     TABLE, Q, K, V, P = (places[name] for name in ("table", "q", "k", "v", "p"))
     BOUNDS = TABLE + t.rows * 16
-    ROWS, COLS, size = t.rows, t.cols, t.size
+    ROWS, COLS = t.rows, t.cols
     s_regs, o_regs = t.scores, t.output(t.v_dim)
     functions = exact_functions(t.acc)
     number, exp2, log2 = functions.number, functions.exp2, functions.log2
@@ -85,7 +86,10 @@ def build(t: Tiling, f: Features) -> Any:
     start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(s_regs.rows), 0.0)
     start_m, no_bits = tile.filled(t.acc, len(s_regs.rows), float("-inf")), tile.no_bits(s_regs.size)
     hidden_bits = tile.hidden_bits(s_regs)
-    store_tile = tile.store_tile(o_regs, t.storage, t.stride(t.v_dim), 2 if t.mma else VECTOR // size)
+    # The result leaves through the queries' place, states through the values' if they are wider than the queries.
+    LEAVE, kind = (V, t.acc) if split and t.mma else (Q, t.storage)
+    LEAVE_SIZE, LEAVE_STRIDE = SIZE[kind], t.v_dim * SIZE[kind] + VECTOR
+    store_tile = tile.store_tile(o_regs, kind, LEAVE_STRIDE, 2 if t.mma else VECTOR // LEAVE_SIZE)
 
     copies = loaders(t, f.aligned)
     load_q, load_k, load_v = (
@@ -103,8 +107,10 @@ def build(t: Tiling, f: Features) -> Any:
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
     load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
-    drop, DROPOUT = tile.mapped(build_dropout(t.acc, TABLE, False), s_regs), f.dropout
-    EVERY, V_STRIDE = f.every_pair, t.stride(t.v_dim)
+    dropped, DROPOUT = build_dropout(s_regs, parts.element, TABLE, False), f.dropout
+    scaled_where = tile.scaled_where(s_regs)
+    EVERY, SPLIT, find_part, find_states = f.every_pair, split, decode.find_part, decode.find_states
+    keep_stats, keep_rows = decode.build_keep(t)
     write_lse = tile.row_mapped(_writer(t.acc, TABLE), s_regs)
     sink = _sink(t.acc, TABLE)
     with_sink = tile.row_mapped(lambda m, row, given: maximum(m, sink(given, row) * log2e), s_regs)
@@ -115,7 +121,10 @@ def build(t: Tiling, f: Features) -> Any:
         rest = udiv(block(), call.tiles)
         index = call.tiles - 1 - np.int64(urem(block(), call.tiles))  # the longest rows of a causal call first
         kv_head = np.int64(urem(rest, call.kv_heads))
-        sequence = read_sequence(call, np.int64(udiv(rest, call.kv_heads)))
+        of = np.int64(udiv(rest, call.kv_heads))
+        if SPLIT:
+            of, part = find_part(call, of)
+        sequence = read_sequence(call, of)
         b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
         count = count_rows(call, q_len, index)
         if count <= 0:
@@ -123,6 +132,10 @@ def build(t: Tiling, f: Features) -> Any:
         locate(call, tid, TABLE, sequence, kv_head, index)
         first = np.int64(mul(udiv(load_word(BOUNDS + LOW), COLS), COLS))
         last = np.int64(load_word(BOUNDS + HIGH))
+        if SPLIT:
+            first, last = max(first, part * SPLIT), min(last, part * SPLIT + SPLIT)
+            if first >= last:
+                return
         inner_low, inner_high = np.int64(load_word(BOUNDS + INNER_LOW)), np.int64(load_word(BOUNDS + INNER_HIGH))
         row, col = corner(tid)
         given = (call, reals, b, k_start, offset - q_start, 0)
@@ -158,7 +171,7 @@ def build(t: Tiling, f: Features) -> Any:
             m = m_new
             l = plus(running(l, alpha), row_sum(p))
             if DROPOUT:
-                p = drop(p, row, add(j0, col), given)
+                p = scaled_where(p, dropped(row, add(j0, col), given), number(reals.drop_scale))
             wait_all()
             sync()  # V is there, and K was read
             if j0 + COLS < last:
@@ -172,23 +185,32 @@ def build(t: Tiling, f: Features) -> Any:
                     repair(tid, row, col, bits, V)
             o = weigh(tid, o, alpha, p, V, P)
 
-        if call.sinks != 0:
-            m_new = with_sink(m, row, given)
-            alpha = alphas(m, m_new)
-            m = m_new
-            l = plus(running(l, alpha), sink_weight(m, row, given))
-            o = scale_rows(o, alpha)
-        o = scale_rows(o, inverse(l, l))
-        if call.lse != 0 and col == 0:
-            write_lse(log_sums(m, l), row, (call, b, count))
+        if SPLIT:
+            n, step = find_states(call, of, kv_head)
+            states = (call, n + part, step, count)
+            if col == 0:
+                keep_stats(m, l, row, states)
+        else:
+            if call.sinks != 0:
+                m_new = with_sink(m, row, given)
+                alpha = alphas(m, m_new)
+                m = m_new
+                l = plus(running(l, alpha), sink_weight(m, row, given))
+                o = scale_rows(o, alpha)
+            o = scale_rows(o, inverse(l, l))
+            if call.lse != 0 and col == 0:
+                write_lse(log_sums(m, l), row, (call, b, count))
         wait_all()
-        sync()  # Q was read: the result leaves through its place
+        sync()  # Q and V were read: what leaves goes through their place
         row_o, col_o = output_corner(tid)
         if load_word(BOUNDS + FLAG) >= 0:
             o = spoil(o, row_o, col_o, 0)
-        store_tile(o, add(Q, add(mul(row_o, V_STRIDE), mul(col_o, size))))
+        store_tile(o, add(LEAVE, add(mul(row_o, LEAVE_STRIDE), mul(col_o, LEAVE_SIZE))))
         sync()
-        store_o(tid, Q, call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, TABLE, count, call.v_dim)
+        if SPLIT:
+            keep_rows(tid, LEAVE, states)
+        else:
+            store_o(tid, Q, call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, TABLE, count, call.v_dim)
 
     return forward
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import score
 from ..arrays import Array
 from ..online import LOG2E
-from . import backward, driver, forward, modifiers
+from . import backward, decode, driver, dual, forward, modifiers, sums
 from .compile import kernel_ptx
 from .scores import REALS, Features, signature
 from .tile import SIZE, VECTOR
@@ -26,6 +27,10 @@ STORAGE = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf
 OLDEST = (8, 0)  # asynchronous copies and the tensor-core instructions begin here
 OPEN = 2**62  # plan's mark of a window that is open on a side
 MOST_POSITIONS = 2**30  # queries and keys of a sequence are counted in 32 bits inside a tile
+
+
+# An array of ours on the device: its memory, shape and dtype.
+Result = tuple[Any, tuple[int, ...], np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -160,26 +165,31 @@ class Call:
             if on_device:
                 rows.append((int(a.ctypes.data), a.shape, a.strides))
             else:
-                base = np.ascontiguousarray(a)
+                base = np.asarray(a, order="C")  # ascontiguousarray gives an array of no axis one
                 rows.append((self.small(base), base.shape, base.strides))
         return modifiers.aux_numbers(rows)
 
     def result(self, name: str, shape: tuple[int, ...], dtype: Any, target: Array | None) -> Any:
         """Memory for a result: the caller's own, where that is on the device. Returns what `fetch` takes."""
-        if self.on_device:
-            assert target is not None
+        if self.on_device and target is not None:
             self.place(name, target)
             return None
-        dtype = np.dtype(dtype)
-        memory = self.device.empty(int(np.prod(shape)) * dtype.itemsize, self.stream)
-        self.keep.append(memory)
-        strides = [dtype.itemsize]
-        for n in shape[:0:-1]:
-            strides.insert(0, strides[0] * n)
-        self.numbers[name] = memory.address
-        for axis, stride in zip("bhsd", strides, strict=False):
+        found = self.empty(shape, dtype)
+        self.numbers[name] = found[0].address
+        for axis, stride in zip("bhsd", _steps(shape, found[2].itemsize), strict=False):
             self.numbers[f"{name}_{axis}"] = stride
+        return found
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Result:
+        """Memory for an array in C order."""
+        dtype = np.dtype(dtype)
+        memory = self.device.empty(math.prod(shape) * dtype.itemsize, self.stream)
+        self.keep.append(memory)
         return memory, shape, dtype
+
+    def clear(self, result: Any, target: Array) -> None:
+        """Zeros in a result; one of the caller's own has no gaps between its elements."""
+        self.device.fill(_Span(int(target.ctypes.data), target.nbytes) if result is None else result[0], 0, self.stream)
 
     def fetch(self, result: Any, target: Array) -> None:
         """Copy a result to the caller's array, once the stream has come to it."""
@@ -192,6 +202,14 @@ class Call:
             host = np.empty(shape, dtype)
             self.device.download(memory, host, self.stream)
             target[...] = host
+
+    def fetched(self, result: Result | None) -> Array | None:
+        """A result as a NumPy array."""
+        if result is None:
+            return None
+        host = np.empty(result[1], result[2])
+        self.device.download(result[0], host, self.stream)
+        return host
 
     def finish(self) -> None:
         """Results are there, or their memory is kept until the stream has come to its end."""
@@ -218,7 +236,7 @@ class Call:
         """Launch a kernel with this call's numbers."""
         if grid <= 0:
             return
-        function = _function(self.device, build, t, f, threads, more)
+        function = _function(self.device, build, t, f, bounds(build, t, threads), more)
         fields = [self.numbers.get(name, 0) for name in f.fields]
         reals = [self.reals[name] for name in REALS]
         params = struct.pack(f"<{len(fields)}q{len(reals)}d", *fields, *reals)
@@ -241,6 +259,21 @@ class Call:
                 "backend='cpu' takes any head size"
             )
         return t
+
+
+class _Span(NamedTuple):
+    """Device memory that is not ours to free."""
+
+    address: int
+    nbytes: int
+
+
+def _steps(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Strides in bytes of an array in C order."""
+    steps = [itemsize]
+    for n in shape[:0:-1]:
+        steps.insert(0, steps[0] * n)
+    return steps
 
 
 def _strides(x: Array) -> tuple[int, ...]:
@@ -270,11 +303,18 @@ def check(problem: Problem, device: Any) -> None:
         )
 
 
+def bounds(build: Callable[..., Any], t: Tiling | None, threads: int) -> int | tuple[int, int]:
+    """The launch bounds of a kernel: threads of a block, or those and the blocks for which a multiprocessor must have
+    registers at least. Where nothing is said, ptxas may save registers for more blocks than shared memory allows, and
+    spill for them."""
+    return (threads, 1) if build in (sums.build_bias, sums.build_aux) else threads
+
+
 _functions: dict[Any, Any] = {}
 _lock = threading.Lock()
 
 
-def _function(device: Any, build: Callable[..., Any], t: Tiling | None, f: Features, threads: int, more: Any) -> Any:
+def _function(device: Any, build: Callable[..., Any], t: Tiling | None, f: Features, threads: Any, more: Any) -> Any:
     """The loaded kernel, compiled if this is its first use on such a device."""
     key = (device, build, t, f, threads, more)
     found = _functions.get(key)
@@ -303,20 +343,47 @@ def attention(
     device = driver.current() if device is None else device
     call = Call(problem, device, stream, on_device)
     p = problem
-    t = call.tiling("forward", forward.memory)
     shape = (p.batch, p.q_heads, p.q_len, p.v_dim)
     results = [(call.result("out", shape, p.dtype, out), out)]
     if lse is not None:
         results.append((call.result("lse", shape[:3], p.acc, lse), lse))
     if int(p.sequences[:, 2].sum()) < p.batch * p.q_len:
         _fill(call)
-    call.numbers["tiles"] = tiles = call.tiles(t.rows)
-    f = replace(call.features, aligned=call.aligned(("q", "k", "v", "out")))
-    grid = tiles * p.kv_heads * len(p.sequences)
-    call.run(forward.build, t, f, grid, t.threads, forward.memory(t)["size"])
+    if decode.rows_of(p) <= decode.ROWS:
+        _decode(call)
+    else:
+        t = call.tiling("forward", forward.memory)
+        call.numbers["tiles"] = tiles = call.tiles(t.rows)
+        f = replace(call.features, aligned=call.aligned(("q", "k", "v", "out")))
+        grid = tiles * p.kv_heads * len(p.sequences)
+        call.run(forward.build, t, f, grid, t.threads, forward.memory(t)["size"])
     for result, target in results:
         call.fetch(result, target)
     call.finish()
+
+
+def _decode(call: Call) -> None:
+    """Few queries: the keys in parts, then the parts joined."""
+    p, rows, size = call.problem, decode.rows_of(call.problem), SIZE[call.acc]
+    t = decode.with_rows(call.tiling("decode", forward.memory), rows)
+    places, items = decode.workspace(p)
+    states = len(items) * p.kv_heads * rows
+    bytes_of_o = states * decode.row_bytes(t)
+    memory, _, _ = call.empty((bytes_of_o + states * 2 * size,), np.uint8)
+    call.numbers |= {
+        "tiles": 1,
+        "part_places": call.small(places),
+        "part_items": call.small(items),
+        "parts": memory.address,
+        "part_stats": memory.address + bytes_of_o,
+        "part_rows": rows,
+    }
+    f = replace(call.features, aligned=call.aligned(("q", "k", "v")), extra=decode.EXTRA)
+    grid, shared = len(items) * p.kv_heads, forward.memory(t)["size"]
+    call.run(forward.build, t, f, grid, t.threads, shared, decode.KEYS)
+    call.numbers["tiles"] = tiles = max(1, -(-p.v_dim // decode.COLUMNS))
+    grid, shared = tiles * rows * p.kv_heads * len(p.sequences), decode.memory_merge(t)["size"]
+    call.run(decode.build_merge, t, Features(extra=decode.EXTRA), grid, decode.THREADS, shared)
 
 
 def _fill(call: Call) -> None:
@@ -340,24 +407,34 @@ def attention_backward(
     dbias_shape: tuple[int, ...] | None,
     dslopes_shape: tuple[int, ...] | None,
     asked: tuple[bool, ...],
-) -> tuple[Array | None, Array | None, tuple[Array | None, ...], Array]:
-    """As cpu.launch_backward.backward: write dq, dk and dv; return dbias, dslopes, daux and deltas."""
-    p, device, stream = problem, driver.current(), 0
-    call = Call(p, device, stream, False, derivatives=True)
+    stream: int = 0,
+    on_device: bool = False,
+    device: Any = None,
+    dsinks: Array | None = None,
+) -> tuple[Any, Any, tuple[Any, ...], Any]:
+    """As cpu.launch_backward.backward: write dq, dk and dv; return dbias, dslopes, daux and deltas.
+
+    dsinks : (Hq,), written if it is given; deltas is None then, and where there are no sinks
+
+    on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned, with the gradient
+        of the sinks in place of deltas, are Results in these shapes and in the argument's dtype, acc or float64.
+    """
+    p, device = problem, driver.current() if device is None else device
+    call = Call(p, device, stream, on_device, derivatives=True)
     for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse)):
         if x is not None:
             call.place(name, x)
     q_shape = (p.batch, p.q_heads, p.q_len)
     kv_shape = (p.batch, p.kv_heads, p.kv_len)
     results = [
-        (call.result("dq", (*q_shape, p.qk_dim), p.dtype, None), dq),
-        (call.result("dk", (*kv_shape, p.qk_dim), p.dtype, None), dk),
-        (call.result("dv", (*kv_shape, p.v_dim), p.dtype, None), dv),
+        (call.result("dq", (*q_shape, p.qk_dim), p.dtype, dq), dq),
+        (call.result("dk", (*kv_shape, p.qk_dim), p.dtype, dk), dk),
+        (call.result("dv", (*kv_shape, p.v_dim), p.dtype, dv), dv),
     ]
     sequences = p.sequences
     if int(sequences[:, 2].sum()) < p.batch * p.q_len or int(sequences[:, 4].sum()) < p.batch * p.kv_len:
-        for (memory, _, _), _ in results:
-            device.fill(memory, 0, stream)
+        for result, target in results:
+            call.clear(result, target)
     acc = np.dtype(p.acc)
     rows = int(np.prod(q_shape))
     stats = device.empty(2 * rows * acc.itemsize, stream)
@@ -378,17 +455,16 @@ def attention_backward(
     names = ("q", "k", "v", "dout", "dq", "dk", "dv")
     f = replace(call.features, aligned=call.aligned(names), extra=extra)
     more: tuple[str, ...] = extra
-    bias_memory = slopes_memory = None
+    dbias = dslopes = dsinks_there = None
     pairs = (*q_shape, p.kv_len)
-    if dbias_shape is not None:
-        bias_memory = call.result("dbias", pairs, acc, None)
+    if dbias_shape == pairs:
+        dbias = call.result("dbias", pairs, acc, None)
         for axis, stride in zip("bhij", (call.numbers[f"dbias_{x}"] for x in "bhsd"), strict=True):
             call.numbers[f"dbias_{axis}"] = stride
-        device.fill(bias_memory[0], 0, stream)
+        device.fill(dbias[0], 0, stream)
         more += backward.DBIAS
     if dslopes_shape is not None:
-        slopes_memory = call.result("dslopes", q_shape, acc, None)
-        device.fill(slopes_memory[0], 0, stream)
+        device.fill(call.result("dslopes", q_shape, acc, None)[0], 0, stream)
         more += backward.DSLOPES
 
     t = call.tiling("queries", backward.memory_queries)
@@ -404,27 +480,133 @@ def attention_backward(
     for which in ((True, True),) if max(p.qk_dim, p.v_dim) <= TOGETHER else ((True, False), (False, True)):
         call.run(backward.build_keys, t, f, key_tiles * heads, t.threads, shared, *which)
 
+    if dbias_shape is not None and dbias is None:
+        dbias = _bias_sums(call, f, dbias_shape)
+    if dslopes_shape is not None:
+        dslopes = _head_sums(call, "slopes", dslopes_shape)
+    if dsinks is not None or (on_device and p.sinks is not None):
+        dsinks_there = _head_sums(call, "sinks", (1, p.q_heads))
+    daux = _aux_sums(call, f, asked) if any(asked) else (None,) * len(p.aux)
+
+    if on_device:
+        call.finish()
+        return dbias, dslopes, daux, dsinks_there
     for result, target in results:
         call.fetch(result, target)
-    deltas = np.empty(q_shape, acc)
-    device.download(call.numbers["deltas"], deltas, stream)
-    dbias = dslopes = None
-    if bias_memory is not None and dbias_shape is not None:
-        dbias = np.empty(pairs, acc)
-        call.fetch(bias_memory, dbias)
-        dbias = _summed(dbias, dbias_shape)
-    if slopes_memory is not None and dslopes_shape is not None:
-        dslopes = np.empty(q_shape, acc)
-        call.fetch(slopes_memory, dslopes)
-        dslopes = _summed(dslopes[..., None], (*dslopes_shape, 1, 1))[..., 0, 0]
+    deltas = None
+    if dsinks is not None:
+        call.fetch(dsinks_there, dsinks.reshape(1, -1))
+    elif p.sinks is not None:
+        deltas = np.empty(q_shape, acc)
+        device.download(call.numbers["deltas"], deltas, stream)
+    host = [call.fetched(x) for x in (dbias, dslopes, *daux)]
     call.finish()
-    return dbias, dslopes, (None,) * len(p.aux), deltas
+    return host[0], host[1], tuple(host[2:]), deltas
 
 
 TOGETHER = 128  # the largest head size at which a thread has registers for dK and dV
 
 
-def _summed(x: Array, shape: tuple[int, ...]) -> Array:
-    """x summed, in float64, over the axes along which `shape` is 1."""
-    axes = tuple(n for n, (size, wanted) in enumerate(zip(x.shape, shape, strict=True)) if wanted == 1 and size != 1)
-    return x.sum(axis=axes, keepdims=True, dtype=np.float64) if axes else x
+# --- sums over pairs --------------------------------------------------------------------------------------------------
+
+BLOCKS = 1024  # what a sum is dealt to at most: some waves of the largest device
+
+
+def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
+    """The gradient, in its dtype, of a bias of this shape that is broadcast along some axis. f: as for dQ."""
+    p, n, bias = call.problem, call.numbers, call.problem.bias
+    assert bias is not None
+    t = call.tiling("queries", sums.memory_bias)
+    sum_rows, sum_keys = shape[2] == 1, shape[3] == 1
+    row_tiles, key_tiles = -(-p.q_len // t.rows), -(-p.kv_len // t.cols)
+    own = shape[0], shape[1], 1 if sum_rows else row_tiles, 1 if sum_keys else key_tiles
+    unit_b, unit_h = p.batch if shape[0] == 1 else 1, p.q_heads if shape[1] == 1 else 1
+    unit_rows = row_tiles if sum_rows else 1
+    units, blocks = unit_b * unit_h * unit_rows, math.prod(own)
+    share = max(1, -(-units // max(1, BLOCKS // max(1, blocks))))  # of units to a part
+    parts = max(1, -(-units // share))
+    order = np.lexsort((p.sequences[:, 2], p.sequences[:, 1], p.sequences[:, 0]))
+    ordered = p.sequences[order]
+    if (ordered != p.sequences).any():
+        n["sequences"] = call.small(ordered)
+    result = call.empty(shape, bias.dtype)
+    size = math.prod(shape)
+    target = call.empty((parts, size), np.float64) if parts > 1 else result
+    item = target[2].itemsize
+    n |= {
+        "dbias": target[0].address,
+        "dbias_part": size * item,
+        "parts": parts,
+        "units": share,
+        "batch_first": call.small(np.searchsorted(ordered[:, 0], np.arange(p.batch + 1))),
+        "q_len": p.q_len,
+        "kv_len": p.kv_len,
+        "unit_b": unit_b,
+        "unit_h": unit_h,
+        "unit_rows": unit_rows,
+    }
+    n |= dict(zip(("own_b", "own_h", "own_rows", "own_keys"), own, strict=True))
+    for axis, step, wanted in zip("bhij", _steps(shape, item), shape, strict=True):
+        n[f"dbias_{axis}"] = step if wanted > 1 else 0
+    storage = STORAGE[target[2].name]
+    f = replace(f, extra=sums.BIAS)
+    shared = sums.memory_bias(t)["size"]
+    call.run(sums.build_bias, t, f, blocks * parts, t.threads, shared, sum_rows, sum_keys, storage)
+    if parts > 1:
+        n |= {"terms": target[0].address, "size": size, "total": result[0].address}
+        f, grid = Features(extra=sums.TOTAL), -(-size // 32)
+        call.run(sums.build_total, None, f, grid, sums.THREADS, sums.TOTAL_BYTES, STORAGE[bias.dtype.name])
+    return result
+
+
+def _head_sums(call: Call, what: str, shape: tuple[int, ...]) -> Result:
+    """The gradients of "slopes", from what the kernel of dQ has left, or of "sinks", float64 of this shape (B or 1,
+    Hq)."""
+    p, result = call.problem, call.empty(shape, np.float64)
+    call.numbers |= {"q_len": p.q_len, "unit_b": p.batch if shape[0] == 1 else 1, "total": result[0].address}
+    f = Features(extra=sums.HEADS)
+    call.run(sums.build_heads, None, f, math.prod(shape), sums.THREADS, sums.TOTAL_BYTES, what, call.acc, "f64")
+    return result
+
+
+def _aux_sums(call: Call, f: Features, asked: tuple[bool, ...]) -> tuple[Result | None, ...]:
+    """The gradients of the arrays of aux that are asked for, in float64. f: as for dQ.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As dual.aux_functions; and if score_mod reads what it must not, which only the kernel can tell.
+    """
+    p, n = call.problem, call.numbers
+    functions = dual.aux_functions(p.score_mod, call.acc, p.aux, asked)
+    limb = dual.limb_bits(int((p.sequences[:, 2] * p.sequences[:, 4]).sum()) * p.q_heads)
+    which = [m for m, wanted in enumerate(asked) if wanted]
+    buffers = [call.empty((dual.buffer_size(p.aux[m].size),), np.int64) for m in which]
+    for x, (memory, _, _) in enumerate(buffers):
+        call.device.fill(memory, 0, call.stream)
+        n[f"aux_sums{x}"] = memory.address
+    t = call.tiling("queries", sums.memory_aux)
+    n |= {"tiles": call.tiles(t.rows), "aux_limb": limb, "limb": limb}
+    mod = sums.with_score(modifiers.mod_function(_plain(p.score_mod), call.acc, p.aux))
+    f = replace(f, score_mod=mod, extra=sums.aux_fields(len(which)))
+    grid = n["tiles"] * p.kv_heads * len(p.sequences)
+    for stage in range(2):
+        n["aux_stage"] = stage
+        call.run(sums.build_aux, t, f, grid, t.threads, sums.memory_aux(t)["size"], functions)
+    found: list[Result | None] = [None] * len(asked)
+    for m, (memory, _, _) in zip(which, buffers, strict=True):
+        found[m] = result = call.empty(p.aux[m].shape, np.float64)
+        n |= {"terms": memory.address, "size": p.aux[m].size, "total": result[0].address}
+        f, grid = Features(extra=sums.AUX_TOTAL), -(-p.aux[m].size // sums.THREADS)
+        call.run(sums.build_aux_total, None, f, grid, sums.THREADS, 0, call.acc, "f64")
+    for m, (memory, _, _) in zip(which, buffers, strict=True):
+        status = np.empty(1, np.int64)
+        call.device.download(memory.address + 8, status, call.stream)
+        if status[0] >= dual.INSIDE:
+            raise ValueError(f"score_mod reads outside aux[{m}]")
+        if status[0] == dual.ONE_ELEMENT:
+            raise ValueError(
+                f"score_mod reads not exactly one element of aux[{m}], whose gradient its own grad is to give; "
+                "leave grad out, and the function itself is differentiated"
+            )
+    return tuple(found)

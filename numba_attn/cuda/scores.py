@@ -20,6 +20,7 @@ from ..online import LOG2E
 from ..philox import build as build_philox
 from . import tile
 from .compile import inline, libdevice, types
+from .tile import Registers
 
 # What every kernel takes: addresses, strides in bytes, sizes. All 8 bytes.
 CALL = (
@@ -84,7 +85,7 @@ def call_type(fields: tuple[str, ...]) -> Any:
     return namedtuple("Call", fields)
 
 
-Reals = namedtuple("Reals", REALS)
+Reals = namedtuple("Reals", REALS)  # type: ignore[misc]
 
 
 def signature(fields: tuple[str, ...]) -> tuple[Any, Any]:
@@ -220,10 +221,10 @@ def exact_functions(acc: str) -> SimpleNamespace:
         return math.log2(x)
 
     @inline
-    def tanh(x):
+    def exact_tanh(x):
         return math.tanh(x)
 
-    return SimpleNamespace(number=np.float64, exp2=exp2, log2=log2, tanh=tanh)
+    return SimpleNamespace(number=np.float64, exp2=exp2, log2=log2, tanh=exact_tanh)
 
 
 def build_modify(features: Features, acc: str, table: int, swapped: bool = False) -> SimpleNamespace:
@@ -308,32 +309,33 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     return SimpleNamespace(whole=whole, partial=partial, results=1 + mod_slope + cap_slope)
 
 
-def build_dropout(acc: str, table: int, swapped: bool) -> Callable[..., Any]:
-    """(x, row, col, given) -> 0 for a dropped pair, else x over the chance to stay. Arguments as in `build_modify`."""
-    number = np.float32 if acc == "f32" else np.float64
-    load_row, add, mul, choose, word = tile.load_row, tile.add, tile.mul, tile.choose, build_philox(inline)
-    zero, low = number(0), np.uint64(0xFFFFFFFF)
+def build_dropout(regs: Registers, element: Callable[..., Any], table: int, swapped: bool) -> Callable[..., Any]:
+    """dropped(row, col, given) -> a bit for each of a thread's pairs that dropout drops: (row, col) is its corner, and
+    the other arguments are as in `build_modify`.
+
+    A loop, not code for every element: ten rounds of 64-bit products, side by side, would take all registers.
+    """
+    load_row, add, mul, word = tile.load_row, tile.add, tile.mul, build_philox(inline)
+    n, no_bits, set_bit = regs.size, tile.no_bits(regs.size), tile.set_bit(regs.size)
+    low = np.uint64(0xFFFFFFFF)
 
     @inline
-    def pair(x, q, j, given):
-        call, reals, b, k_start, _, stage = given
-        i, h, _, _ = load_row(add(stage, add(table, mul(q, ROW_BYTES))))
-        key = np.uint64(k_start + j)
+    def dropped(row, col, given):
+        call, _, b, k_start, _, stage = given
         k0, k1 = np.uint64(call.seed) & low, np.uint64(call.seed) >> np.uint64(32)
-        r = word(np.uint64(i), key >> np.uint64(2), np.uint64(h), np.uint64(b), k0, k1, key & np.uint64(3))
-        return choose(r >= np.uint64(call.drop_below), x * number(reals.drop_scale), zero)
+        bits = no_bits()
+        for e in range(n):
+            r, c = element(e)
+            q, j = add(row, r), add(col, c)
+            if swapped:
+                q, j = j, q
+            i, h, _, _ = load_row(add(stage, add(table, mul(q, ROW_BYTES))))
+            key = np.uint64(k_start + j)
+            x = word(np.uint64(i), key >> np.uint64(2), np.uint64(h), np.uint64(b), k0, k1, key & np.uint64(3))
+            bits = set_bit(bits, e, x < np.uint64(call.drop_below))
+        return bits
 
-    if swapped:
-
-        def drop(x, row, col, given):
-            return pair(x, col, row, given)
-
-    else:
-
-        def drop(x, row, col, given):
-            return pair(x, row, col, given)
-
-    return drop
+    return dropped
 
 
 def _seen(f: Features, at: dict[str, int]) -> Callable[..., Any]:

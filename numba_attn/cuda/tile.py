@@ -284,6 +284,45 @@ def mapped(fn: Callable[..., Any], regs: Registers, n_tiles: int = 1, results: i
 
 
 @cache
+def set_bit(n: int) -> Any:
+    """(words, k, on) -> the n bits with bit k set if `on`, k a run-time number."""
+
+    @intrinsic
+    def set_bit(typingctx, words, k, on):
+        def codegen(context, builder, sig, args):
+            words, k = unpack(builder, args[0], -(-n // 32)), as_i32(builder, args[1])
+            new = builder.shl(builder.zext(args[2], I32), builder.and_(k, i32(31)))
+            for w, word in enumerate(words):
+                here = builder.icmp_unsigned("==", builder.lshr(k, i32(5)), i32(w))
+                words[w] = builder.or_(word, builder.select(here, new, i32(0)))
+            return context.make_tuple(builder, sig.return_type, words)
+
+        return words_of(n)(words, k, on), codegen
+
+    return set_bit
+
+
+@cache
+def scaled_where(regs: Registers) -> Any:
+    """(tile, bits, factor) -> the tile times factor, 0 where a bit is set."""
+    zero = ir.Constant(FLOATS[regs.acc][0], 0.0)
+
+    @intrinsic
+    def scaled_where(typingctx, tile, bits, factor):
+        def codegen(context, builder, sig, args):
+            words = unpack(builder, args[1], -(-regs.size // 32))
+            new = []
+            for e, x in enumerate(unpack(builder, args[0], regs.size)):
+                set_ = builder.icmp_unsigned("!=", builder.and_(words[e // 32], i32(1 << e % 32)), i32(0))
+                new.append(builder.select(set_, zero, builder.fmul(x, args[2])))
+            return context.make_tuple(builder, sig.return_type, new)
+
+        return regs.type(tile, bits, factor), codegen
+
+    return scaled_where
+
+
+@cache
 def cleared(regs: Registers) -> Any:
     """(tile, bits) -> the tile, 0 where a bit is set."""
     zero = ir.Constant(FLOATS[regs.acc][0], 0.0)

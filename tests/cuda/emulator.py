@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -257,6 +258,12 @@ class EmulatedDevice:
 
     def wait(self, stream: int, other: int) -> None:
         self.calls.append(("wait", int(stream), int(other)))
+
+    def event(self, stream: int) -> float:
+        return time.perf_counter()
+
+    def elapsed(self, first: float, last: float) -> float:
+        return last - first
 
     def hold(self, thing: Any, stream: int) -> None:
         self.calls.append(("hold", int(stream)))

@@ -673,12 +673,16 @@ def test_release_while_an_exception_passes(name, take):
 def test_hand_over(device, monkeypatch):
     result = arrays.empty((2, 3), np.dtype("f4"), device, 4)
     assert arrays.hand_over(result, "") is result
-    for kind in ("torch", "cupy"):
+    for kind, stream in (("torch", 8), ("cupy", 9)):
         library = ModuleType(kind)
         library.from_dlpack = lambda x, kind=kind: (kind, x)
+        library.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=8))
+        library.cuda.get_current_stream = lambda: SimpleNamespace(ptr=9)
         monkeypatch.setitem(sys.modules, kind, library)
         assert arrays.hand_over(result, kind) == (kind, result)
+        assert result.memory.stream == stream  # where the library will use it last
     assert not result.memory.settle
+    result.memory.stream = 4
     library = ModuleType("jax.dlpack")
     library.from_dlpack = lambda x: ("jax", x)
     monkeypatch.setitem(sys.modules, "jax", ModuleType("jax"))

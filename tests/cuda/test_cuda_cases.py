@@ -1,8 +1,8 @@
 """Every row of the table of cases through backend="cuda": the package's own host code, and its PTX in the emulator with
 all checks on.
 
-The rules are those of the CPU's tests (test_attention.check, test_backward.check), run with "cuda" as the backend that is
-meant where none is named. A few small rows run always; all rows, and all rows in the other dtypes, with --ladder.
+The rules are those of the CPU's tests (test_attention.check, test_backward.check), run with "cuda" as the backend that
+is meant where none is named. A few small rows run always; all rows, and all rows in the other dtypes, with --ladder.
 """
 
 import functools

@@ -1,0 +1,222 @@
+"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits, and the results are arrays
+of the caller's library.
+
+`plan` decides by dtype, shape, strides and address, so that it is given shadows (arrays.shadow), which nobody may read.
+What it would convert, it finds converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import plan
+from ..arrays import Array
+from ..gradients import Gradients, check_aux_grad, check_cotangents, check_results
+from ..mask import Mask, Pairs
+from . import arrays, driver
+from .arrays import DeviceArray, Input, shadow
+
+HALVES = ("float16", "bfloat16")
+FLOATS = ("float64", "float32", *HALVES)
+
+
+@dataclass
+class _Call:
+    """The arguments of one call."""
+
+    device: Any
+    stream: int
+    found: dict[str, Input]  # every array
+    given: dict[str, Any]  # q, k, v, out, ...: shadows
+    options: dict[str, Any]  # for plan.resolve: shadows too
+
+    def resolve(self) -> plan.Problem:
+        return plan.resolve(self.given["q"], self.given["k"], self.given["v"], **self.options)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        return arrays.empty(shape, np.dtype(dtype), self.device, self.stream)
+
+    def copied(self, x: Array, dtype: Any) -> DeviceArray:
+        """x in C order and this type. The copy is made before what is put on the stream later."""
+        from .convert import converted
+
+        return converted(x, dtype, self.device, self.stream)
+
+    def hand_over(self, x: DeviceArray, name: str) -> Any:
+        """A result, as an array of the library that this argument is of."""
+        return arrays.hand_over(x, self.found[name].kind)
+
+    def gradient(self, found: Any, name: str) -> Any:
+        """What launch.attention_backward returns for an argument, in its shape, dtype and library; None for None."""
+        if found is None:
+            return None
+        memory, _, dtype = found
+        wanted = self.found[name]
+        result = DeviceArray(wanted.shape, dtype, memory)
+        if dtype != wanted.dtype:
+            result = self.copied(shadow(result), wanted.dtype)
+        return self.hand_over(result, name)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """A block that launches kernels: the caller's arrays live until they have run."""
+        try:
+            yield
+        finally:
+            arrays.hold(self.found)
+
+
+def _enter(options: dict[str, Any], stream: Any, **given: Any) -> _Call:
+    """Arrays by name, and the options of `attention` beside them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not all on one device, and as `arrays.describe` does.
+    """
+    options = dict(options)
+    mask, aux = options["mask"], options["aux"]
+    named = {name: x for name, x in given.items() if _is_array(x)}
+    named |= {name: options[name] for name in ("bias", "alibi_slopes", "sinks") if _is_array(options[name])}
+    if isinstance(mask, Mask) and any(isinstance(part, Pairs) for part in mask.parts):
+        raise TypeError(
+            f"mask is {mask!r}, which holds a bool array in host memory, and q, k or v is on a GPU; it takes a Mask "
+            "without one, or the bool array alone, on the GPU"
+        )
+    if _is_array(mask):
+        named["mask"] = mask
+    if isinstance(aux, (tuple, list)):
+        named |= {f"aux[{n}]": x for n, x in enumerate(aux) if _is_array(x)}
+
+    found = arrays.describe_all(named, stream)
+    views = {name: _aligned(shadow(x), name) for name, x in found.items()}
+    first = next(iter(found.values()))
+    call = _Call(driver.current(first.device), first.stream, found, given | views, options)
+
+    acc = np.dtype(np.float64 if views["q"].dtype == np.float64 else np.float32) if "q" in views else None
+    for name in ("mask", "bias"):
+        options[name] = views.get(name, options[name])
+    for name in ("alibi_slopes", "sinks"):
+        x = views.get(name)
+        if x is not None:
+            plain = x.dtype == acc and x.flags.c_contiguous
+            options[name] = x if plain or x.dtype.name not in FLOATS else shadow(call.copied(x, acc))
+    if isinstance(aux, (tuple, list)):
+        options["aux"] = tuple(_of_function(call, views.get(f"aux[{n}]", x)) for n, x in enumerate(aux))
+    return call
+
+
+def _is_array(x: Any) -> bool:
+    """Whether x is some library's array, or what NumPy would make one of: plan says what is wrong with the rest."""
+    if isinstance(x, np.generic):
+        return False
+    return isinstance(x, (list, tuple)) or hasattr(type(x), "__array__") or arrays.is_device_array(x)
+
+
+def _aligned(x: Array, name: str) -> Array:
+    if not x.flags.aligned:
+        raise ValueError(
+            f"{name} is at address 0x{x.ctypes.data:x} with strides {x.strides}; on a GPU it takes an address and "
+            f"strides that are multiples of {x.itemsize}, the size of an element: copy it"
+        )
+    return x
+
+
+def _of_function(call: _Call, x: Any) -> Any:
+    """An array of aux, where it is one of halves in float32."""
+    return shadow(call.copied(x, np.float32)) if isinstance(x, np.ndarray) and x.dtype.name in HALVES else x
+
+
+def attention(
+    q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any
+) -> tuple[Any, Any]:
+    """api.attention with arrays on a GPU: out, and lse or None."""
+    call = _enter(options, stream, q=q, k=k, v=v, out=out)
+    with call.launching():
+        result, lse = _forward(call, call.resolve(), return_lse)
+    return _results(call, out, result, lse)
+
+
+def attention_vjp(
+    q: Any, k: Any, v: Any, options: dict[str, Any], aux_grad: Any, out: Any, return_lse: bool, stream: Any
+) -> tuple[Any, Any, tuple[DeviceArray, DeviceArray]]:
+    """out, lse or None, and both once more for the pullback: arrays that nobody else writes to."""
+    call = _enter(options, stream, q=q, k=k, v=v, out=out)
+    problem = call.resolve()
+    check_aux_grad(aux_grad, problem.aux)
+    with call.launching():
+        result, lse = _forward(call, problem, True)
+        assert lse is not None
+        kept = call.copied(call.given["out"] if result is None else shadow(result), problem.dtype)
+        kept_lse = call.copied(shadow(lse), lse.dtype) if return_lse else lse
+    return *_results(call, out, result, lse if return_lse else None), (kept, kept_lse)
+
+
+def _forward(call: _Call, problem: plan.Problem, want_lse: bool) -> tuple[DeviceArray | None, DeviceArray | None]:
+    """out, None where the caller brought one, and lse."""
+    from . import launch
+
+    result = lse = lse_view = None
+    if call.given["out"] is None:
+        result = call.empty(plan.output_shape(problem), problem.dtype)
+        view = plan.bhsd_view(shadow(result), problem.layout)
+    else:
+        view = plan.check_out(problem, call.given["out"])
+    if want_lse:
+        lse = call.empty(plan.lse_shape(problem), problem.acc)
+        lse_view = plan.bhsd_view(shadow(lse), problem.layout)
+    launch.attention(problem, view, lse_view, call.stream, True, call.device)
+    return result, lse
+
+
+def _results(call: _Call, out: Any, result: DeviceArray | None, lse: DeviceArray | None) -> tuple[Any, Any]:
+    """As the caller's library has them."""
+    return (
+        out if result is None else call.hand_over(result, "q"),
+        None if lse is None else call.hand_over(lse, "q"),
+    )
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    options: dict[str, Any],
+    aux_grad: Any,
+    stream: Any,
+) -> Gradients:
+    """api.attention_backward with arrays on a GPU."""
+    call = _enter(options, stream, q=q, k=k, v=v, dout=dout, out=out, lse=lse, dlse=dlse)
+    from . import launch  # when it is known that there is a device: it needs numba-cuda
+
+    problem = call.resolve()
+    asked = check_aux_grad(aux_grad, problem.aux)
+    given = call.given
+    out_view, lse_view = check_results(problem, given["out"], given["lse"])
+    dout_view, dlse_view = check_cotangents(problem, given["dout"], given["dlse"])
+    if dlse_view is not None and dlse_view.dtype != problem.acc:
+        dlse_view = shadow(call.copied(dlse_view, problem.acc))
+    results = [call.empty(given[name].shape, problem.dtype) for name in "qkv"]
+    dq_view, dk_view, dv_view = (plan.bhsd_view(shadow(x), problem.layout) for x in results)
+    bias, slopes = call.found.get("bias"), call.found.get("alibi_slopes")
+    bias_shape = None if bias is None else (1,) * (4 - len(bias.shape)) + bias.shape
+    slopes_shape = None if slopes is None else (1,) * (2 - len(slopes.shape)) + slopes.shape
+    with call.launching():
+        dbias, dslopes, daux, dsinks = launch.attention_backward(
+            problem, out_view, lse_view, dout_view, dlse_view, dq_view, dk_view, dv_view, bias_shape, slopes_shape,
+            asked, call.stream, True, call.device,
+        )  # fmt: skip
+        rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
+        tables = tuple(call.gradient(x, f"aux[{n}]") for n, x in enumerate(daux))
+    dq, dk, dv = (call.hand_over(x, name) for x, name in zip(results, "qkv", strict=True))
+    found = dict(zip(("dbias", "dsinks", "dalibi_slopes"), rest, strict=True))
+    return Gradients(dq, dk, dv, **found, daux=tables if problem.score_mod is not None and problem.aux else None)

@@ -1,0 +1,348 @@
+"""Launches of the package's own kernels, recorded from calls of the public functions in the emulator, to be run again
+with other PTX, other schedules, or profiled.
+
+A launch is the memory of the device before it, its parameters, and what it wrote. The call that it is taken from is
+held to the reference, so what was written is right; a replay is held to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import emulator
+import numpy as np
+
+import numba_attn as na
+from numba_attn.cuda import backward, driver, forward, launch, tiling
+
+MEMORY = {
+    "forward": forward.memory, "decode": forward.memory,
+    "queries": backward.memory_queries, "keys": backward.memory_keys,
+}  # fmt: skip
+
+
+@dataclass
+class Recorded:
+    """One launch. before, after: the device's allocations, None where freed."""
+
+    name: str
+    ptx: str = field(repr=False)
+    grid: int
+    threads: int
+    shared: int
+    params: bytes
+    before: list[np.ndarray | None]
+    after: list[np.ndarray | None]
+    what: str = ""  # of WRITES
+
+
+class Recorder(emulator.EmulatedDevice):
+    """An emulated device that keeps its launches."""
+
+    def __init__(self, cc: tuple[int, int] = (8, 0), **options: Any) -> None:
+        super().__init__(cc, **options)
+        self.recorded: list[Recorded] = []
+        self.texts: dict[int, str] = {}
+
+    def load(self, ptx: str, name: str | None = None) -> driver.Function:
+        found = super().load(ptx, name)
+        self.texts[id(found)] = ptx
+        return found
+
+    def launch(
+        self, function: driver.Function, grid: int, threads: int, shared: int, params: bytes, stream: int
+    ) -> None:
+        before = [None if x is None else x.copy() for x in self.hosts]
+        super().launch(function, grid, threads, shared, params, stream)
+        after = [None if x is None else x.copy() for x in self.hosts]
+        ptx = self.texts[id(function)]
+        self.recorded.append(Recorded(function.name, ptx, grid, threads, shared, params, before, after))
+
+
+@contextlib.contextmanager
+def recording(cc: tuple[int, int] = (8, 0), tf32: bool = False, **options: Any) -> Iterator[Recorder]:
+    """Calls inside run on a Recorder. tf32: float32 by the kernels that use tensor cores."""
+    choose, known = launch.choose, set(launch._functions)
+    if tf32:
+        launch.choose = functools.partial(tiling.choose, tf32=True)
+    try:
+        with driver.use(Recorder(cc, **options)) as device:
+            yield device
+    finally:
+        launch.choose = choose
+        for key in set(launch._functions) - known:  # they would keep the device
+            del launch._functions[key]
+
+
+def replay(one: Recorded, ptx: str, **options: Any) -> tuple[emulator.EmulatedDevice, list[np.ndarray | None]]:
+    """Run a recorded launch with this PTX: the device, with the findings of its checks, and its memory afterwards."""
+    device = emulator.EmulatedDevice((8, 0), collect=True, **options)
+    held = []  # memory that nobody holds is freed
+    for x in one.before:
+        if x is None:
+            device.buffers.append(None)
+            device.hosts.append(None)
+        else:
+            held.append(device.upload(x, 0))
+    try:
+        device.launch(device.load(ptx, one.name), one.grid, one.threads, one.shared, one.params, 0)
+    finally:
+        if ptx != one.ptx:
+            emulator._parsed.pop((ptx, one.name), None)
+    return device, list(device.hosts[: len(one.before)])
+
+
+def short(name: str) -> str:
+    """A kernel's own name, of its mangled one."""
+    found = re.search(r"locals_3e(\d+)", name)
+    return name[found.end() : found.end() + int(found[1])] if found else name
+
+
+# What a kernel writes: the dtypes of the arrays in order of their addresses ("s" the storage type, "a" the accumulation
+# type); `rows` writes both of its arrays into one.
+WRITES = {"forward": "sa", "merge": "sa", "rows": "a", "queries": "s", "keys": "ss", "decode": "aa"}
+
+
+def differs(one: Recorded, memory: list[Any], storage: np.dtype, tolerance: float) -> str | None:
+    """What a replay wrote, against what was recorded: each array's largest error relative to its largest number, the
+    same infinities and NaN, and nothing written elsewhere."""
+    kinds = {"s": storage, "a": np.dtype(np.float64 if storage == np.float64 else np.float32), "d": np.dtype("f8")}
+    wrote = list(WRITES[one.what])
+    for n, (before, after, now) in enumerate(zip(one.before, one.after, memory, strict=True)):
+        if before is None or after is None or now is None:
+            continue
+        if (before == after).all():
+            if (now != after).any():
+                return f"allocation {n} was written to"
+            continue
+        if (now == after).all():
+            wrote = wrote[1:]
+            continue
+        kind = kinds[wrote.pop(0)] if wrote else kinds["a"]
+        with np.errstate(all="ignore"):
+            got, want = (x.view(kind).astype(np.float64) for x in (now, after))
+            same = (np.isnan(got) & np.isnan(want)) | (got == want)
+            finite = np.isfinite(want)
+            largest = np.abs(want[finite]).max(initial=0.0)
+            error = np.where(same, 0.0, np.abs(got - want))
+            worst = np.where(np.isnan(error), np.inf, error).max(initial=0.0)
+        if not worst <= tolerance * largest:
+            return f"allocation {n} ({kind}) is off by {worst:.2g} of {largest:.2g}"
+    return None
+
+
+TOLERANCE = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
+
+
+def run_of(one: Recorded, dtype: str, **options: Any) -> Callable[[str], str | None]:
+    """For mutations.survivors."""
+
+    def run(ptx: str) -> str | None:
+        device, memory = replay(one, ptx, **options)
+        said = [f"{kind} x{count}: {text}" for (kind, text), count in device.findings.items()]
+        wrong = differs(one, memory, np.dtype(dtype), TOLERANCE[dtype])
+        return "\n".join(([f"numbers: {wrong}"] if wrong else []) + said) or None
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------- the problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small call that reaches some of a kernel's code.
+
+    options: of the public functions. steep: scores of one key and the next lie far apart, so that weights are 0 or 1.
+    nan: "hidden" in every key and value that no query sees; "values" in one number of each of 64 values, another one
+    from key to key, and "dout" likewise in rows of dout, so that each pair of a tile decides alone whether it shows;
+    "qk" in one query and one key.
+    """
+
+    name: str
+    batch: int = 1
+    heads: tuple[int, int] = (2, 1)
+    q_len: int = 37
+    kv_len: int = 150
+    dim: int = 64
+    spread: float = 1.0
+    steep: bool = False
+    nan: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def _sinks() -> dict[str, Any]:
+    return {"sinks": np.array([0.5, -1.0], np.float32)}
+
+
+# Same PTX for all: nothing here is compiled in. Two query heads share a key head, and 37 rows of each a tile.
+PROBLEMS = [
+    Problem("causal", options={"causal": True, "align": "bottom_right"}),
+    Problem("window", q_len=150, kv_len=131, heads=(1, 1), options={"window": (20, 3), "align": "top_left"}),
+    Problem("lengths", batch=2, dim=56, options={"mask": na.lengths([150, 33], [37, 20]), **_sinks()}),
+    Problem("steep", q_len=40, kv_len=100, steep=True,
+            options={"causal": True, "align": 60, "sinks": np.array([300.0, -300.0], np.float32)}),
+    Problem("nan", q_len=70, kv_len=100, nan=("values",), options={"causal": True, "align": "bottom_right"}),
+    Problem("nan-dout", q_len=70, kv_len=100, nan=("dout",), options={"causal": True, "align": "bottom_right"}),
+    Problem("nan-qk", q_len=70, kv_len=100, nan=("qk",), options={"causal": True, "align": "bottom_right"}),
+    Problem("empty", batch=2, q_len=140, kv_len=40, heads=(1, 1), nan=("hidden",),
+            options={"mask": na.lengths([0, 40]), "causal": True, "align": -130}),
+    Problem("varlen", q_len=80, kv_len=170, options={"mask": na.varlen([0, 3, 40, 80], [0, 90, 100, 170])}),
+]  # fmt: skip
+FEW = [
+    Problem("few-causal", heads=(4, 1), q_len=2, kv_len=650, options={"causal": True, "align": "bottom_right"}),
+    Problem("few-steep", q_len=5, kv_len=300, steep=True,
+            options={"sinks": np.array([300.0, -300.0], np.float32)}),
+    Problem("few-lengths", batch=3, heads=(8, 2), q_len=2, kv_len=520, nan=("hidden",), dim=56,
+            options={"mask": na.lengths([520, 40, 0]), "sinks": np.linspace(-1, 1, 8).astype(np.float32)}),
+    Problem("few-window", heads=(1, 1), q_len=7, kv_len=700, nan=("hidden", "values"),
+            options={"window": (300, 0), "align": 300}),
+]  # fmt: skip
+
+
+def arrays_of(problem: Problem, dtype: str) -> tuple[np.ndarray, ...]:
+    """q, k, v, dout and dlse."""
+    rng = np.random.default_rng(len(problem.name) + problem.kv_len)
+    p = problem
+    q = rng.standard_normal((p.batch, p.heads[0], p.q_len, p.dim))
+    k, v = (rng.standard_normal((p.batch, p.heads[1], p.kv_len, p.dim)) for _ in range(2))
+    if p.steep:  # scores of one key to the next are some 150 apart, up and down
+        q[..., 0], k[..., 0] = 40.0, 10.0 * rng.permuted(np.arange(p.kv_len) % 7 - 3.0)
+    dout = rng.standard_normal(q.shape)
+    dlse = rng.standard_normal(q.shape[:3])
+    acc = np.float64 if dtype == "float64" else np.float32
+    return (*(x.astype(dtype) for x in (q, k, v, dout)), dlse.astype(acc))
+
+
+def poison(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray) -> None:
+    """As problem.nan says."""
+    dim = problem.dim
+    if "qk" in problem.nan:
+        q[:, :, 20, 5] = k[:, :, 60, 7] = np.nan
+    if "hidden" in problem.nan:
+        for j in range(problem.kv_len):  # a value is seen if out shows it
+            probe = np.zeros_like(v)
+            probe[:, :, j] = 1
+            nothing = np.zeros_like(q), np.zeros_like(k)
+            seen = np.abs(na.reference.attention(*nothing, probe, **problem.options)).max(axis=(2, 3)) > 0
+            hidden = ~seen.reshape(problem.batch, problem.heads[1], -1).any(axis=2)
+            k[hidden, j] = v[hidden, j] = np.nan
+    first = 32 if problem.kv_len > 96 else 0
+    for n in range(dim):
+        if "values" in problem.nan and first + n < problem.kv_len:
+            v[:, :, first + n, n] = np.nan
+        if "dout" in problem.nan and n < problem.q_len:
+            dout[:, :, n, n] = np.nan
+
+
+def record(problem: Problem, dtype: str, **options: Any) -> list[Recorded]:
+    """The launches of a call and its gradients, whose numbers are held to the reference. options: recording's."""
+    q, k, v, dout, dlse = arrays_of(problem, dtype)
+    poison(problem, q, k, v, dout)
+    few = problem in FEW
+    with recording(**options) as device:
+        (out, lse), pullback = na.attention_vjp(q, k, v, **problem.options, return_lse=True, backend="cuda")
+        got = [out, lse]
+        if not few:
+            grads = pullback(dout, dlse)
+            got += [grads.dq, grads.dk, grads.dv]
+    with np.errstate(all="ignore"):
+        wanted = list(na.reference.attention(q, k, v, **problem.options, return_lse=True))
+        if not few:
+            grads = na.reference.attention_backward(dout, q, k, v, dlse=dlse, **problem.options)
+            wanted += [grads.dq, grads.dk, grads.dv]
+        for x, want in zip(got, wanted, strict=True):
+            x, y = x.astype(np.float64), np.asarray(want, np.float64)
+            finite = np.isfinite(y)
+            assert (np.isfinite(x) == finite).all(), f"{problem.name}: other numbers are not finite"
+            worst = np.abs(x - y)[finite].max(initial=0.0)
+            bound = {"float16": 2e-2, "float32": 2e-4, "float64": 1e-10}[dtype] * np.abs(y[finite]).max(initial=1.0)
+            assert worst <= bound, f"{problem.name}: off by {worst:.2g}, allowed {bound:.2g}"
+    for one in device.recorded:
+        one.what = "decode" if few and short(one.name) == "forward" else short(one.name)
+    return device.recorded
+
+
+@functools.cache
+def recorded(name: str, dtype: str) -> list[Recorded]:
+    return record(next(p for p in PROBLEMS + FEW if p.name == name), dtype)
+
+
+Runs = dict[str, Callable[[str], str | None]]
+
+
+def runs_of(what: str, dtype: str, names: Iterable[str] | None = None) -> tuple[str, Runs]:
+    """The PTX of a kernel, and its runs: every problem, then with copies that land at once or warps in random order."""
+    first, then, ptx = {}, {}, None
+    if names is None:
+        names = [p.name for p in (FEW if what in ("decode", "merge") else PROBLEMS)]
+    for n, name in enumerate(names):
+        for one in recorded(name, dtype):
+            if one.what == what:
+                assert ptx in (None, one.ptx), f"{name} has another {what} kernel"
+                ptx = one.ptx
+                first[name] = run_of(one, dtype)
+                if n % 2:
+                    then[f"{name} early"] = run_of(one, dtype, async_late=False)
+                else:
+                    then[f"{name} random"] = run_of(one, dtype, schedule="random", seed=n)
+    assert ptx is not None
+    return ptx, first | then
+
+
+# -------------------------------------------------------------------------------------------------------- the profile
+
+
+def profile(what: str, dtype: str, dim: int, tf32: bool = False) -> dict[str, dict[str, list[float]]]:
+    """Wavefronts of shared memory that a warp needs, and the fewest for as many accesses: {"loop": {opcode:
+    [wavefronts, ideal]}, "once": ...}, for each tile of the main loop, and for all that is outside it.
+
+    Full attention of one tile of rows with one tile of columns, then with three more. Asynchronous copies are in it.
+    """
+    numpy_type = {"f16": "float16", "f32": "float32", "f64": "float64"}[dtype]
+    with recording() as device:
+        name = "keys" if what.startswith("keys") else what
+        t = tiling.choose(name, dtype, dim, dim, MEMORY[name], device.shared_limit, tf32)
+        assert t is not None
+    found = []
+    for tiles in (1, 2 if what == "decode" else 4):
+        rows, cols = t.rows, t.cols * tiles
+        shape = (1, cols) if what == "decode" else (cols, rows) if name == "keys" else (rows, cols)
+        rng = np.random.default_rng(tiles)
+        heads = rows if what == "decode" else 1
+        q, dout = (rng.standard_normal((1, heads, shape[0], dim)).astype(numpy_type) for _ in range(2))
+        k, v = (rng.standard_normal((1, 1, shape[1], dim)).astype(numpy_type) for _ in range(2))
+        with recording(tf32=tf32, profile=True, async_late=False) as device:
+            _, pullback = na.attention_vjp(q, k, v, backend="cuda")
+            if what not in ("forward", "decode"):
+                pullback(dout)
+        wanted = "forward" if what == "decode" else name
+        mine = [one for one in device.launches if short(one.name) == wanted]
+        one = mine[1 if what == "keys-dv" else 0]
+        counts: Counter[tuple[str, str]] = Counter()
+        for key, n in one.stats.items():
+            if len(key) == 4 and key[0] == "shared":
+                counts[_opcode(key[2]), key[3]] += n
+        found.append({key: n / one.grid / (one.threads // 32) for key, n in counts.items()})
+    few, many = found
+    turns = 1 if what == "decode" else 3
+    out: dict[str, dict[str, list[float]]] = {"loop": {}, "once": {}}
+    for opcode in sorted({key[0] for key in many}):
+        pairs = [(few.get((opcode, kind), 0), many.get((opcode, kind), 0)) for kind in ("wavefronts", "ideal")]
+        loop = [(b - a) / turns for a, b in pairs]
+        once = [a - n for (a, _), n in zip(pairs, loop, strict=True)]
+        for part, numbers in (("loop", loop), ("once", once)):
+            if max(numbers) > 0.01:
+                out[part][opcode] = [round(n, 2) for n in numbers]
+    return out
+
+
+def _opcode(text: str) -> str:
+    """Of an instruction's text, without its guard."""
+    return next(word for word in text.split() if not word.startswith("@")).rstrip(";")
