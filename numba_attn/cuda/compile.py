@@ -66,22 +66,23 @@ def kernel_ptx(
     kernel: Callable[[], Callable[..., None]],
     arguments: tuple[Any, ...],
     cc: tuple[int, int],
-    threads: int,
+    bounds: int | tuple[int, int],
     key: str | None,
 ) -> str:
-    """The PTX of the kernel that `kernel` makes, for a device of compute capability cc and blocks of `threads`.
+    """The PTX of the kernel that `kernel` makes, for a device of compute capability cc. bounds: threads of a block, or
+    those and the blocks for which a multiprocessor must have registers.
 
     It is kept on disk under `key`, a text that with our sources says what the kernel is; None: it isn't.
     """
     path = None
     if key is not None and (folder := cache_folder()) is not None:
-        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {cc} {threads} {key}"
+        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {cc} {bounds} {key}"
         path = Path(folder) / f"cuda-{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.ptx"
         with contextlib.suppress(OSError, ValueError):
             digest, _, ptx = path.read_text().partition("\n")
             if hashlib.sha256(ptx.encode()).hexdigest() == digest:  # a file that a crash cut short must not be run
                 return ptx
-    ptx, _ = cuda.compile_ptx(kernel(), arguments, cc=cc, launch_bounds=threads)
+    ptx, _ = cuda.compile_ptx(kernel(), arguments, cc=cc, launch_bounds=bounds)
     if path is not None:
         with contextlib.suppress(OSError):
             handle, name = tempfile.mkstemp(dir=path.parent)

@@ -306,9 +306,15 @@ def check(problem: Problem, device: Any) -> None:
 def bounds(build: Callable[..., Any], t: Tiling | None, threads: int) -> int | tuple[int, int]:
     """The launch bounds of a kernel: threads of a block, or those and the blocks for which a multiprocessor must have
     registers at least. Where nothing is said, ptxas may save registers for more blocks than shared memory allows, and
-    spill for them."""
-    return (threads, 1) if build in (sums.build_bias, sums.build_aux) else threads
+    spill for them: so it did for dQ on sm_100 and sm_120, and for these sums."""
+    if build in (sums.build_bias, sums.build_aux):
+        return threads, 1
+    if build is backward.build_queries and t is not None:
+        return threads, 3 if t.size == 2 and max(t.qk_dim, t.v_dim) <= 64 else REGISTERS // (256 * threads)
+    return threads
 
+
+REGISTERS = 65536  # of a multiprocessor; a thread has at most 255
 
 _functions: dict[Any, Any] = {}
 _lock = threading.Lock()

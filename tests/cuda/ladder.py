@@ -120,11 +120,12 @@ class Built:
     threads: int
     shared: int
     t: Any = None
+    bounds: Any = None  # as launch.py has them
 
 
 def built(kernel: Kernel, cc: CC) -> Built | None:
     """The kernel as launch.py makes it on such a device; None where it has no tile there."""
-    from numba_attn.cuda import backward, decode, dual, forward, modifiers, sums, tiling
+    from numba_attn.cuda import backward, decode, dual, forward, launch, modifiers, sums, tiling
     from numba_attn.cuda.scores import Features, signature
 
     storage = "f32" if kernel.dtype == "tf32" else kernel.dtype
@@ -134,8 +135,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     def tile_of(name: str, memory: Any) -> Any:
         return tiling.choose(name, storage, kernel.dim, kernel.dim, memory, limit, kernel.dtype == "tf32")
 
-    def done(make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None) -> Built:
-        return Built(make, signature(f.fields), threads, shared, t)
+    def done(make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None, build: Any = None) -> Built:
+        return Built(make, signature(f.fields), threads, shared, t, launch.bounds(build, t, threads))
 
     options = dict(FEATURES[kernel.variant])
     backwards = kernel.what not in ("forward", "decode")
@@ -168,7 +169,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         return done(lambda: sums.build_total(storage, f), f, sums.THREADS, sums.TOTAL_BYTES)
     if what == "queries":
         t, f = tile_of("queries", backward.memory_queries), replace(f, extra=backward.EXTRA)
-        return t and done(lambda: backward.build_queries(t, f), f, t.threads, backward.memory_queries(t)["size"], t)
+        build, shared = backward.build_queries, t and backward.memory_queries(t)["size"]
+        return t and done(lambda: build(t, f), f, t.threads, shared, t, build)
     if what.startswith("keys"):
         t, f = tile_of("keys", backward.memory_keys), replace(f, extra=backward.EXTRA)
         which = what != "keys-dv", what != "keys-dk"
@@ -177,14 +179,16 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         t = tile_of("queries", sums.memory_bias)
         f = replace(f, bias="f32", extra=sums.BIAS)
         over = what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")
-        return t and done(lambda: sums.build_bias(t, f, *over, "f64"), f, t.threads, sums.memory_bias(t)["size"], t)
+        build, shared = sums.build_bias, t and sums.memory_bias(t)["size"]
+        return t and done(lambda: build(t, f, *over, "f64"), f, t.threads, shared, t, build)
     if what == "aux":
         t, aux = tile_of("queries", sums.memory_aux), (np.zeros((16, 4), np.float32),)
         mod = sums.with_score(modifiers.mod_function(t5, acc, aux))
         table = len(modifiers.aux_numbers([(0, a.shape, a.strides) for a in aux]))
         f = replace(f, score_mod=mod, score_table=table, extra=sums.aux_fields(1))
         functions = dual.aux_functions(t5, acc, aux, (True,))
-        return t and done(lambda: sums.build_aux(t, f, functions), f, t.threads, sums.memory_aux(t)["size"], t)
+        build, shared = sums.build_aux, t and sums.memory_aux(t)["size"]
+        return t and done(lambda: build(t, f, functions), f, t.threads, shared, t, build)
     raise ValueError(f"no kernel {kernel}")
 
 
@@ -199,7 +203,7 @@ def ptx_of(kernel: Kernel, cc: CC) -> str | None:
     b = built(kernel, cc)
     plain = "score_mod" not in FEATURES[kernel.variant] and kernel.what != "aux"
     key = f"ladder {kernel} {b.t}" if plain and b else None
-    return kernel_ptx(b.make, b.arguments, cc, b.threads, key) if b else None
+    return kernel_ptx(b.make, b.arguments, cc, b.bounds, key) if b else None
 
 
 def ptx_for(kernel: Kernel, targets: Iterable[CC]) -> Iterator[tuple[CC, str]]:
@@ -213,10 +217,10 @@ def ptx_for(kernel: Kernel, targets: Iterable[CC]) -> Iterator[tuple[CC, str]]:
     for cc in targets:
         if (b := built(kernel, cc)) is None:
             continue
-        if (same := kept.get((b.t, b.threads))) is None:
+        if (same := kept.get((b.t, b.bounds))) is None:
             with _watched(nvvm) as seen:
-                ptx = kernel_ptx(b.make, b.arguments, cc, b.threads, None)
-            kept[b.t, b.threads] = seen[-1]
+                ptx = kernel_ptx(b.make, b.arguments, cc, b.bounds, None)
+            kept[b.t, b.bounds] = seen[-1]
         else:
             code, options = same
             ptx = nvvm.compile_ir(code, **(options | {"arch": f"compute_{cc[0]}{cc[1]}"}))
@@ -304,7 +308,9 @@ def trip(t: Any, loop: Any, n: int) -> tuple[Counter[str], float]:
     one = t.rows * t.cols * t.qk_dim / t.threads
     if useful == "HMMA":
         one *= 32 / (1024 if t.storage == "f32" else 2048)
-    busy = sorted((x for x in sass.busy(loop.program) if loop.blocks > x.blocks), key=lambda x: x.address)
+    inner = [x for x in loop.program.loops if loop.blocks > x.blocks and not x.children]
+    # sass.busy would leave out a loop that was unrolled much less than another.
+    busy = [x for x in inner if sass.amount(x.own, useful) >= 2 and sass.amount(x.own, "LDS" if not t.mma else useful)]
     # A product of P with more columns than tiling.CHUNK is several loops, each a part of it, behind those of A B'.
     parts = 1 if t.mma else max(1, t.output(t.v_dim).size // len(t.scores.rows) // CHUNK)
     outside = sass.amount(loop.counts(lambda x: 0 if x in busy else 1), useful)

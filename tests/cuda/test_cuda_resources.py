@@ -24,8 +24,9 @@ QUICK = {
 
 # What is not as it should be today, at the most: (target, kernel): bytes spilled.
 SPILLS = {("sm_100", "queries f16 64"): 24, ("sm_120", "queries f64 64"): 80}
-# Products are less than half of the instructions of the main loop where a thread has few of each row or column.
-LOW_SHARE: dict[str, float] = {}
+# The least part of products among the instructions of the main loop: half, but in float64 at head sizes where a thread
+# has so few scores that it loads one or two numbers for each product.
+SHARE, SHARE_F64 = 0.5, 0.38
 
 
 def kernel_of(name: str) -> Kernel:
@@ -55,7 +56,8 @@ def check(target: str, name: str, row: dict) -> None:  # type: ignore[type-arg]
         assert row["LDS128"] and not row["HMMA"] and not row["LDSM"]
         assert row["useful"] == ("DFMA" if kernel.dtype == "f64" else "FFMA")
         if not kernel.variant and kernel.what in ladder.PRODUCTS and kernel.what != "aux":
-            assert row["share"] >= LOW_SHARE.get(name, 0.5), f"{row['share']:.0%} of the main loop is products"
+            least = SHARE_F64 if kernel.dtype == "f64" and kernel.dim > 64 else SHARE
+            assert row["share"] >= least, f"{row['share']:.0%} of the main loop is products"
     if kernel.what in ladder.PRODUCTS and not kernel.variant and kernel.what != "aux":
         # besides the tile's own products only exp2 in float64 and rescaling count as useful
         assert 0.99 <= row["products"] <= 1.3, f"{row['products']} of the products that the tile has: wrong trips"
