@@ -60,7 +60,8 @@ def check(target: str, name: str, row: dict) -> None:  # type: ignore[type-arg]
             assert row["share"] >= least, f"{row['share']:.0%} of the main loop is products"
     if kernel.what in ladder.PRODUCTS and not kernel.variant and kernel.what != "aux":
         # besides the tile's own products only exp2 in float64 and rescaling count as useful
-        assert 0.99 <= row["products"] <= 1.3, f"{row['products']} of the products that the tile has: wrong trips"
+        most = 1.7 if kernel.dtype == "f64" else 1.3  # exp2 of float64 is DFMAs too, many beside a head size of 32
+        assert 0.99 <= row["products"] <= most, f"{row['products']} of the products that the tile has: wrong trips"
 
 
 def no_worse(row: dict, before: dict) -> None:  # type: ignore[type-arg]
