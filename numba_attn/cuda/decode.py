@@ -4,15 +4,16 @@ One block of the forward kernel takes KEYS keys of a (sequence, key head) for al
 so that K and V are read once, and leaves each row's state (o, m, l) in the accumulation type. `build_merge` joins a
 row's states as online.py says. Parts begin at multiples of KEYS from the sequence's start, a row's sums run over the
 parts in an order that their numbers decide, and parts in which it can see nothing are neither written nor read: its
-bits do not depend on how many keys or rows there are besides. The states of a call take at most a sixteenth of the
-bytes of k and v, a thirty-second in float32 and float64, each sequence's keys rounded up to KEYS.
+bits do not depend on how many keys or rows there are besides. Where a head size fills its tile, the states of a call
+take a sixteenth of the bytes of k and v at most, a thirty-second in float32 and float64, each sequence's keys counted
+as whole parts.
 
-What matters is that loads never stop. A multiprocessor's part of the memory is 13 bytes a clock on an A100 and 15 on an
-H100, with some 1000 clocks from asking to having: 13 to 15 KB must be in flight, and a block has a tile of 16 KB in
-flight (K while P V is computed, V while the scores are). In float16 at head size 128 it needs about 2800 clocks for the
-32 KB of a block of keys, 2000 of them work: 11 bytes a clock alone, and by shared memory (41 KB) a multiprocessor holds
-four such blocks on cc 8.0, two on 8.6 and five on 9.0. So one warp a block and one buffer each for K and V are enough,
-and the loop is the forward kernel's. These are counts of instructions, not timings.
+What matters is that loads never stop. A multiprocessor's share of the memory is 13 bytes a clock on an A100 and 15 on
+an H100, with 1000 to 1200 clocks from asking to having: 13 to 18 KB must be in flight. A block has a tile of 16 KB in
+flight, K while P V is computed and V while the scores are. In float16 at head size 128 it needs about 2800 clocks for
+the 32 KB of a block of keys, 2000 of them work: 11 bytes a clock alone, and of such blocks, of 41 KB of shared memory
+each, a multiprocessor holds four on cc 8.0, two on 8.6 and five on 9.0. So one warp a block and one buffer each for K
+and V are enough, and the loop is the forward kernel's. These are counts of instructions, not timings.
 """
 
 from __future__ import annotations
