@@ -2,11 +2,14 @@
 
 Where reading an element has to mean more than its number, an array reaches the function as Aux. It is indexed by
 integers, all of its axes or the first ones, and has shape, size, ndim and len.
+
+An index outside is found out before the read, where somebody asks: the read is then of the first element.
 """
 
 # Typed by Numba, whose stubs lack most of what is used here.
 # mypy: disable-error-code="attr-defined, name-defined, assignment, call-overload"
 
+import math
 import operator
 from types import SimpleNamespace
 
@@ -70,12 +73,18 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
             array, dot = (a and array_type(a.dtype, a.ndim - given, a.aligned) for a in (self.array, self.dot))
             return Aux(self.elem, self.how, self.n, array, dot)
 
+    def checked(kind):
+        """Whether `first` is there: the element at the rows' beginning, OUTSIDE if an index was."""
+        return kind.how != "number" or target.guarded
+
     @target.register_model(Aux)
     class AuxModel(target.models.StructModel):
         def __init__(self, dmm, fe_type):
             members = [("array", fe_type.array)]
+            if checked(fe_type):
+                members.append(("first", types.intp))
             if fe_type.how != "number":
-                members += [("first", types.intp), ("record", target.record)]
+                members.append(("record", target.record))
             super().__init__(dmm, fe_type, members + ([("dot", fe_type.dot)] if fe_type.dot else []))
 
     def rows_of(context, builder, kind, to, array, indices):
@@ -113,31 +122,37 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
     @target.lower_builtin(operator.getitem, Aux, types.BaseTuple)
     def aux_at(context, builder, sig, args):
         kind, at = sig.args
-        noted = kind.how != "number"
+        noted, check = kind.how != "number", checked(kind)
         aux = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
         given = cgutils.unpack_tuple(builder, args[1], len(at)) if isinstance(at, types.BaseTuple) else [args[1]]
         array = context.make_array(kind.array)(context, builder, value=aux.array)
-        indices, flat, inside = [], aux.first if noted else I64(0), ir.Constant(ir.IntType(1), 1)
+        indices, flat, inside = [], aux.first if check else I64(0), ir.Constant(ir.IntType(1), 1)
         for i, n in zip(given, cgutils.unpack_tuple(builder, array.shape, kind.ndim), strict=False):
             i = builder.select(builder.icmp_signed("<", i, I64(0)), builder.add(i, n), i)
-            inside = builder.and_(inside, builder.icmp_unsigned("<", i, n))
+            within = builder.icmp_unsigned("<", i, n)
+            inside = builder.and_(inside, within)
             flat = builder.add(builder.mul(flat, n), i)
-            indices.append(i)
-        if noted:  # once outside, outside in the rows too
+            indices.append(builder.select(within, i, I64(0)) if check else i)
+        if check:  # once outside, outside in the rows too
             inside = builder.and_(inside, builder.icmp_signed(">=", aux.first, I64(0)))
             flat = builder.select(inside, flat, I64(OUTSIDE))
         if len(given) < kind.ndim:
             to = sig.return_type
             rows = cgutils.create_struct_proxy(to)(context, builder)
             rows.array = rows_of(context, builder, kind.array, to.array, aux.array, indices)
+            if check:
+                rows.first = flat
             if noted:
-                rows.first, rows.record = flat, aux.record
+                rows.record = aux.record
             if kind.dot:
                 rows.dot = rows_of(context, builder, kind.dot, to.dot, aux.dot, indices)
             return rows._getvalue()
 
         at = _item(context, builder, kind.array, aux.array, indices)
         value = target.load_item(context, builder, kind.array, at)
+        if check and not noted:
+            missing = math.nan if isinstance(kind.array.dtype, types.Float) else 0
+            value = builder.select(inside, value, ir.Constant(value.type, missing))
         cell = lambda n: builder.gep(aux.record, [I64(n)])  # noqa: E731
         tangent = None
         if kind.dot:
@@ -201,8 +216,10 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
                     if kind is not None:
                         aux = cgutils.create_struct_proxy(kind)(context, builder)
                         aux.array = items[n]
+                        if checked(kind):
+                            aux.first = I64(0)
                         if kind.how != "number":
-                            aux.first, aux.record = I64(0), args[2]
+                            aux.record = args[2]
                         if kind.dot:
                             aux.dot = next(dot)
                         items[n] = aux._getvalue()

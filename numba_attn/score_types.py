@@ -46,6 +46,7 @@ class Target(NamedTuple):
     libm: Callable[..., Any]  # libm(fn)(elem) is a function of the math module in one precision
     multiply_add: Callable[..., Any]  # (builder, a, b, c) -> a * b + c
     negative: Callable[..., Any]  # (builder, x) -> -x
+    guarded: bool  # whether a number read outside an array of aux is NaN, or 0 where there is none
 
 
 # ---------------------------------------------------------------- what an operator means, as LLVM

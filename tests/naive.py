@@ -60,8 +60,11 @@ def everywhere(fn: Any, *arrays: np.ndarray, aux: tuple[np.ndarray, ...], dtype:
     return out
 
 
-def attention(dtype: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) in (B, H, S, D) and (B, H, S), every step in `dtype`."""
+def attention(
+    dtype: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, weights_dtype: Any = None, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) in (B, H, S, D) and (B, H, S), every step in `dtype`; the weights rounded to weights_dtype, as they
+    are where matrix units take halves."""
     p = resolve(q, k, v, **options)
     t = np.dtype(dtype).type
     group = p.q_heads // p.kv_heads
@@ -110,6 +113,8 @@ def attention(dtype: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, **options
     if p.dropout_p:
         keep = reference.dropout_keep(p)
         weights = np.where(keep, weights / t(1 - p.dropout_p), t(0))
+    if weights_dtype is not None:
+        weights = weights.astype(weights_dtype).astype(dtype)
     return weights @ vc, lse
 
 

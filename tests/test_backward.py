@@ -39,6 +39,7 @@ from cases import (
 from child import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import attention as naive_attention
 from naive import backward as naive
 from naive import rounding
 from test_attention import FORMS, STRIDED, UNDERFLOW, first, from_bhsd, largest, problems, rms
@@ -47,6 +48,10 @@ import numba_attn as na
 from numba_attn.gradients import Gradients
 
 FLOOR = {"float64": 300 * 2.0**-52, "float32": 1e-5}  # of the largest entry, by the precision of the arithmetic
+
+
+# Whether products round the weights to the arrays' own dtype, as tensor cores do: the CUDA tests say so.
+HALF_WEIGHTS = False
 
 
 def float_aux(options: dict[str, Any]) -> tuple[int, ...]:
@@ -108,6 +113,8 @@ def check(
     unsure = rounding(acc) * (4 + largest(lse))  # of a weight, whatever luck the yardstick had
     if modified and q.dtype.itemsize == 2:
         unsure += rounding(q.dtype)  # of out
+    halves = HALF_WEIGHTS and q.dtype.itemsize == 2
+    sums = sums_of_halves(arrays, options, dout, dlse, aux_grad, want) if halves else {}
     for (name, x), (_, y) in zip(entries(grads), entries(want), strict=True):
         of = argument(name, arrays, options)
         assert x.shape == of.shape and x.dtype == of.dtype, f"{name} is {x.shape}, {x.dtype}"
@@ -116,8 +123,42 @@ def check(
         dense = None if modified else dense
         if dense is not None and name in ("dq", "dk", "dv"):
             dense = from_bhsd(dense, options.get("layout", "bhsd"))
-        near(x, y, dense, name, acc, unsure * size, halves=q.dtype.itemsize == 2)
+        near(x, y, dense, name, acc, unsure * size + 2 * sums.get(name, 0.0), halves=q.dtype.itemsize == 2)
     return grads
+
+
+def sums_of_halves(
+    arrays: tuple[np.ndarray, ...],
+    options: dict[str, Any],
+    dout: np.ndarray,
+    dlse: np.ndarray | None,
+    aux_grad: tuple[int, ...],
+    want: Gradients,
+) -> dict[str, float]:
+    """How far dense arithmetic in halves throws the gradients that are sums over pairs, by name.
+
+    Their pairs are not rounded, but p (dP - delta) takes delta from an out that is: by its own dtype and by that of the
+    weights it was made with. What a row's delta is off by adds up over rows with any sign, so the largest error of a
+    few draws of signs is what is asked for.
+    """
+    names = [name for name, _ in entries(want) if name not in ("dq", "dk", "dv")]
+    if not names:
+        return {}
+    dtype = arrays[0].dtype
+    exact = na.reference.attention(*arrays, **options)
+    rounded = from_bhsd(naive_attention(np.float32, *arrays, weights_dtype=dtype, **options)[0], options.get("layout", "bhsd"))
+    off = (dout.astype(np.float64) * (rounded.astype(dtype).astype(np.float64) - exact)).sum(-1)
+    rng, found = np.random.default_rng(0), dict.fromkeys(names, 0.0)
+    for _ in range(4):
+        signs = rng.choice([-1.0, 1.0], off.shape)
+        shifted = (0.0 if dlse is None else dlse) - signs * np.abs(off)
+        grads = na.reference.attention_backward(
+            dout, *arrays, dlse=shifted.astype(np.float32), aux_grad=aux_grad, **options
+        )
+        for (name, x), (_, y) in zip(entries(grads), entries(want), strict=True):
+            if name in found:
+                found[name] = max(found[name], largest(np.asarray(x, np.float64) - y))
+    return found
 
 
 def near(

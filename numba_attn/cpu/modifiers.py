@@ -80,6 +80,7 @@ TARGET = score_types.Target(
     libm=libm,
     multiply_add=multiply_add,
     negative=lambda builder, x: builder.fneg(x),
+    guarded=False,
 )
 SCORES = score_types.build(TARGET)
 AS_SCORE, AS_INDEX, as_float = SCORES.AS_SCORE, SCORES.AS_INDEX, SCORES.as_float

@@ -59,7 +59,9 @@ class Call:
         for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
             self.place(name, x)
         sequences = self.small(p.sequences)
-        natural = bool(p.softcap or p.bias is not None or p.slopes is not None or p.score_mod is not None)
+        # Scores are in log2 units as soon as nothing comes behind that is in natural ones (Features.natural).
+        late = p.bias is not None or p.slopes is not None or p.score_mod is not None
+        unit = 1.0 if late else LOG2E
         self.numbers |= {
             "kv_heads": p.kv_heads,
             "group": p.q_heads // p.kv_heads,
@@ -73,9 +75,8 @@ class Call:
             "drop_below": round(p.dropout_p * 2**32),
         }
         self.reals = {
-            "scale": p.scale * (1.0 if natural else LOG2E),
-            "softcap_in": 1.0 / p.softcap if p.softcap else 0.0,
-            "softcap_out": p.softcap,
+            "scale": p.scale / p.softcap if p.softcap else p.scale * unit,
+            "softcap": p.softcap * unit,
             "drop_scale": 1.0 / (1.0 - p.dropout_p),
             "grad_scale": p.scale,
         }
@@ -317,22 +318,25 @@ def bounds(build: Callable[..., Any], t: Tiling | None, threads: int) -> int | t
 REGISTERS = 65536  # of a multiprocessor; a thread has at most 255
 
 _functions: dict[Any, Any] = {}
+_texts: dict[Any, str] = {}
 _lock = threading.Lock()
 
 
 def _function(device: Any, build: Callable[..., Any], t: Tiling | None, f: Features, threads: Any, more: Any) -> Any:
-    """The loaded kernel, compiled if this is its first use on such a device."""
+    """The loaded kernel, compiled if this is its first use on a device of such compute capability."""
     key = (device, build, t, f, threads, more)
     found = _functions.get(key)
     if found is None:
         with _lock:
             found = _functions.get(key)
             if found is None:
-                make = (lambda: build(t, f, *more)) if t is not None else (lambda: build(*more, f))
-                plain = f.score_mod is None and not f.mask_mods  # users' functions have no name that lasts
-                name = f"{build.__module__}.{build.__name__} {t} {f} {more}" if plain else None
-                ptx = kernel_ptx(make, signature(f.fields), device.cc, threads, name)
-                found = _functions[key] = device.load(ptx, None)
+                text = (device.cc, *key[1:])
+                if text not in _texts:
+                    make = (lambda: build(t, f, *more)) if t is not None else (lambda: build(*more, f))
+                    plain = f.score_mod is None and not f.mask_mods  # users' functions have no name that lasts
+                    name = f"{build.__module__}.{build.__name__} {t} {f} {more}" if plain else None
+                    _texts[text] = kernel_ptx(make, signature(f.fields), device.cc, threads, name)
+                found = _functions[key] = device.load(_texts[text], None)
     return found
 
 

@@ -139,6 +139,7 @@ TARGET = score_types.Target(
     libm=libm,
     multiply_add=multiply_add,
     negative=negative,
+    guarded=True,  # an access outside of memory is the end of the process's work on the device
 )
 
 

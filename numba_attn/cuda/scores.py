@@ -29,7 +29,8 @@ CALL = (
     "tiles", "kv_heads", "group", "qk_dim", "v_dim", "sequences", "left", "right", "has_prefix",
     "start", "end", "bounds_b", "bounds_h", "bounds_s", "slopes", "slopes_b", "sinks", "seed", "drop_below",
 )  # fmt: skip
-REALS = ("scale", "softcap_in", "softcap_out", "drop_scale", "grad_scale")
+# scale is that of tanh's argument where there is a softcap; it or the softcap makes log2 units where nothing follows.
+REALS = ("scale", "softcap", "drop_scale", "grad_scale")
 STRIDES = ("b", "h", "i", "j")
 
 
@@ -58,8 +59,8 @@ class Features:
 
     @property
     def natural(self) -> bool:
-        """Whether scores are in natural units until the end, not in log2 units from the start."""
-        return bool(self.softcap or self.bias or self.slopes or self.score_mod)
+        """Whether scores are in natural units until the end."""
+        return bool(self.bias or self.slopes or self.score_mod)
 
     @property
     def call_type(self) -> Any:
@@ -197,18 +198,19 @@ def read_sequence(call, n):
 def exact_functions(acc: str) -> SimpleNamespace:
     """exp2, log2 and tanh of one scalar."""
     if acc == "f32":
-        one, two, small = np.float32(1), np.float32(2 * LOG2E), np.float32(0.35)
+        one, minus_two, two, small = np.float32(1), np.float32(-2), np.float32(2 * LOG2E), np.float32(0.35)
         fast_exp2, choose, fma = tile.fast_exp2, tile.choose, tile.multiply_add
+        reciprocal, with_sign_of = tile.fast_reciprocal, tile.with_sign_of
         c1, c2, c3, c4, c5 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925))
 
         @inline
         def tanh(x):
             """1 - 2 / (1 + e**2|x|), and near 0, where that cancels, the series."""
             a = abs(x)
-            y = one - np.float32(2) / (one + fast_exp2(a * two))
+            far = fma(minus_two, reciprocal(one + fast_exp2(a * two)), one)
             z = x * x
-            near = fma(fma(fma(fma(fma(c5, z, c4), z, c3), z, c2), z, c1) * z, x, x)
-            return choose(a < small, near, choose(x < np.float32(0), np.float32(0) - y, y))
+            near = fma(fma(fma(fma(fma(c5, z, c4), z, c3), z, c2), z, c1) * z, a, a)
+            return with_sign_of(choose(a < small, near, far), x)
 
         return SimpleNamespace(number=np.float32, exp2=fast_exp2, log2=tile.fast_log2, tanh=tanh)
 
@@ -255,8 +257,8 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
         # x - x is 0, or NaN: an infinite feature has no finite answer, and -inf must not pass for a hidden pair.
         x = multiply_add(x, number(reals.scale), x - x)
         if softcap:
-            t = tanh(x * number(reals.softcap_in))
-            return number(reals.softcap_out) * t, one - t * t
+            t = tanh(x)
+            return number(reals.softcap) * t, one - t * t
         return x, one
 
     @inline

@@ -100,10 +100,11 @@ def global_pointer(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(as_i64(builder, address), ir.PointerType(kind, 1))
 
 
-def load_vector(builder: Any, offset: Any, immediate: int, kind: Any) -> list[Any]:
-    """16 bytes of shared memory as floats, by one access."""
+def load_vector(builder: Any, pointer: Any, immediate: int, kind: Any) -> list[Any]:
+    """16 bytes of shared memory as floats, by one access. pointer: to bytes there."""
     n = VECTOR // (4 if kind == FLOAT else 8)
-    vector = builder.load(shared(builder, offset, immediate, ir.VectorType(kind, n)), align=VECTOR)
+    at = builder.bitcast(builder.gep(pointer, [i64(immediate)]), ir.PointerType(ir.VectorType(kind, n), 3))
+    vector = builder.load(at, align=VECTOR)
     return [builder.extract_element(vector, i32(k)) for k in range(n)]
 
 
@@ -134,7 +135,11 @@ def _shuffle(builder: Any, bits: Any, lanes: int) -> Any:
 
 
 def looped(builder: Any, n: int, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """values = body(k, values) for k in range(n): the loop carries them in registers."""
+    """values = body(k, values) for k in range(n): the loop carries them in registers.
+
+    Pointers into shared memory are carried too: as a sum of 32-bit offsets, each access of an unrolled loop would
+    widen and add its own.
+    """
     cells = [cgutils.alloca_once_value(builder, v) for v in values]
     with cgutils.for_range(builder, i32(n), intp=I32) as loop:
         new = body(loop.index, [builder.load(c) for c in cells])
@@ -455,11 +460,10 @@ def simt_abt(regs: Registers, bytes_wide: int, a_stride: int, b_stride: int) -> 
     @intrinsic
     def abt(typingctx, a, b):
         def codegen(context, builder, sig, args):
-            at_a, at_b = (as_i32(builder, x) for x in args)
+            rows = [shared(builder, x, 0, I8) for x in args]
 
-            def step(k, acc):
-                shift = builder.mul(k, i32(VECTOR))
-                a, b = builder.add(at_a, shift), builder.add(at_b, shift)
+            def step(k, carried):
+                a, b, *acc = carried
                 columns = [load_vector(builder, b, c * b_stride, kind) for c in regs.cols]
                 for r, row in enumerate(regs.rows):
                     x = load_vector(builder, a, row * a_stride, kind)
@@ -467,9 +471,9 @@ def simt_abt(regs: Registers, bytes_wide: int, a_stride: int, b_stride: int) -> 
                         for c, y in enumerate(columns):
                             e = r * len(columns) + c
                             acc[e] = fma(builder, x[u], y[u], acc[e])
-                return acc
+                return [*(builder.gep(x, [i64(VECTOR)]) for x in (a, b)), *acc]
 
-            acc = looped(builder, bytes_wide // VECTOR, [ir.Constant(kind, 0.0)] * regs.size, step)
+            _, _, *acc = looped(builder, bytes_wide // VECTOR, rows + [ir.Constant(kind, 0.0)] * regs.size, step)
             return context.make_tuple(builder, sig.return_type, acc)
 
         return regs.type(a, b), codegen
@@ -511,13 +515,12 @@ def simt_pb(regs: Registers, keys: int, p_stride: int, b_stride: int, chunk: int
     def pb(typingctx, o, alpha, p, b):
         def codegen(context, builder, sig, args):
             o, alpha = unpack(builder, args[0], regs.size), unpack(builder, args[1], len(regs.rows))
-            at_p, at_b = (as_i32(builder, x) for x in args[2:])
+            rows = [shared(builder, x, 0, I8) for x in args[2:]]
             for first in range(0, len(regs.cols), chunk):
                 starts = regs.cols[first : first + chunk : vec]
 
-                def step(k, acc, starts=starts):
-                    p = builder.add(at_p, builder.mul(k, i32(VECTOR)))
-                    b = builder.add(at_b, builder.mul(k, i32(vec * b_stride)))
+                def step(k, carried, starts=starts):
+                    p, b, *acc = carried
                     weights = [load_vector(builder, p, r * p_stride, kind) for r in regs.rows]
                     for u in range(vec):
                         for v, start in enumerate(starts):
@@ -526,10 +529,10 @@ def simt_pb(regs: Registers, keys: int, p_stride: int, b_stride: int, chunk: int
                                 for c, y in enumerate(values):
                                     e = (r * len(starts) + v) * vec + c
                                     acc[e] = fma(builder, w[u], y, acc[e])
-                    return acc
+                    return [builder.gep(p, [i64(VECTOR)]), builder.gep(b, [i64(vec * b_stride)]), *acc]
 
                 n = len(regs.rows) * len(starts) * vec
-                acc = looped(builder, keys // vec, [ir.Constant(kind, 0.0)] * n, step)
+                _, _, *acc = looped(builder, keys // vec, rows + [ir.Constant(kind, 0.0)] * n, step)
                 for r in range(len(regs.rows)):
                     for c in range(len(starts) * vec):
                         e = r * len(regs.cols) + first + c
@@ -789,6 +792,9 @@ def _exp2(builder, x):
     return _asm(builder, FLOAT, "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x])
 
 
+fast_reciprocal = _scalar(  # off by a rounding at most; LLVM's division takes ten instructions and a branch
+    types.float32, lambda builder, x: _asm(builder, FLOAT, "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x]), 1
+)
 fast_exp2 = _scalar(types.float32, _exp2, 1)
 fast_log2 = _scalar(types.float32, lambda builder, x: _asm(builder, FLOAT, "lg2.approx.f32 $0, $1;", "=f,f", [x]), 1)
 
@@ -799,6 +805,18 @@ def choose(typingctx, condition, yes, no):
         return builder.select(*args)
 
     return yes(condition, yes, no), codegen
+
+
+@intrinsic
+def with_sign_of(typingctx, x, y):
+    """|x| with the sign of y, float32: one instruction, where a comparison and a choice take two and a predicate."""
+
+    def codegen(context, builder, sig, args):
+        magnitude, sign = (builder.bitcast(a, I32) for a in args)
+        bits = builder.or_(builder.and_(magnitude, i32(0x7FFFFFFF)), builder.and_(sign, i32(0x80000000)))
+        return builder.bitcast(bits, FLOAT)
+
+    return types.float32(types.float32, types.float32), codegen
 
 
 @intrinsic

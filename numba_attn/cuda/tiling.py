@@ -188,9 +188,14 @@ def _times(x, y):
     return x * y
 
 
-# (largest head size, then threads, rows, cols, across, stages of the tilings to try in turn): the first whose shared
-# memory fits is taken. Rows and columns are queries and keys; in "keys" keys and queries. docs/cuda.md has what each
-# costs.
+# (largest head size, then threads, rows, cols, across, stages of the tilings to try in turn). Rows and columns are
+# queries and keys; in "keys" keys and queries. docs/cuda.md has what each costs.
+#
+# A large tile reads fewer bytes of shared memory for a product, which is what bounds the FMA kernels; but one warp in
+# each quarter of a multiprocessor hides nothing. So the first is taken of which WARPS warps find room in shared memory,
+# else the first that fits. Of some 60 shapes that were compiled these have the most expected clocks for products, as
+# the lesser of U / slowest and warps a quarter x U / sum (docs/cuda.md): in float32 at head size 128 on an H100 0.53 for
+# forward (64 x 32: 0.43), 0.53 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32: 0.40).
 _Shape = tuple[int, int, int, int, int]
 _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
     ("forward", "half"): [
@@ -211,7 +216,7 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
     ("decode", "f64"): [
         (64, [(64, 16, 32, 16, 1)]),
         (128, [(64, 16, 16, 16, 1)]),
-        (256, [(128, 16, 8, 8, 1)]),
+        (256, [(128, 16, 16, 16, 1), (128, 16, 8, 8, 1)]),
     ],
     ("queries", "half"): [
         (128, [(128, 64, 64, 0, 1)]),
@@ -238,37 +243,39 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
         (256, [(64, 32, 16, 0, 1)]),
     ],
     ("forward", "f32"): [
-        (64, [(128, 128, 32, 8, 1)]),
-        (128, [(128, 64, 32, 16, 1)]),
-        (256, [(128, 32, 16, 16, 1)]),
+        (64, [(128, 128, 64, 8, 1), (128, 128, 32, 8, 1)]),
+        (128, [(256, 128, 64, 16, 1), (128, 64, 32, 16, 1)]),
+        (256, [(256, 64, 32, 16, 1), (128, 32, 16, 16, 1)]),
     ],
     ("queries", "f32"): [
-        (64, [(128, 64, 32, 16, 1)]),
-        (128, [(128, 32, 32, 16, 1)]),
-        (256, [(128, 16, 16, 16, 1)]),
+        (64, [(128, 128, 32, 8, 1), (128, 64, 32, 16, 1)]),
+        (128, [(256, 64, 64, 16, 1), (128, 32, 32, 16, 1)]),
+        (256, [(256, 64, 32, 16, 1), (256, 32, 32, 16, 1), (128, 16, 16, 16, 1)]),
     ],
     ("keys", "f32"): [
-        (64, [(128, 64, 32, 16, 2)]),
-        (128, [(128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
-        (256, [(128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
+        (64, [(128, 64, 64, 16, 1), (128, 64, 32, 16, 2), (128, 64, 32, 16, 1)]),
+        (128, [(256, 64, 64, 16, 1), (128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
+        (256, [(256, 64, 32, 16, 1), (256, 32, 32, 16, 1), (128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
     ],
     ("forward", "f64"): [
         (64, [(128, 64, 32, 8, 1)]),
-        (128, [(128, 32, 16, 16, 1)]),
-        (256, [(64, 8, 8, 8, 1)]),
+        (128, [(256, 64, 32, 16, 1), (128, 32, 16, 16, 1)]),
+        (256, [(128, 16, 16, 16, 1), (64, 8, 8, 8, 1)]),
     ],
     ("queries", "f64"): [
-        (64, [(128, 32, 32, 16, 1)]),
-        (128, [(128, 16, 16, 16, 1)]),
-        (256, [(64, 8, 8, 8, 1)]),
+        (64, [(256, 64, 64, 16, 1), (128, 32, 32, 16, 1)]),
+        (128, [(256, 64, 32, 16, 1), (256, 32, 32, 16, 1), (128, 16, 16, 16, 1)]),
+        (256, [(128, 16, 16, 16, 1), (64, 8, 8, 8, 1)]),
     ],
     ("keys", "f64"): [
-        (64, [(128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
-        (128, [(128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
-        (256, [(64, 8, 8, 8, 2), (64, 8, 8, 8, 1)]),
+        (64, [(256, 64, 64, 16, 1), (128, 32, 32, 16, 2), (128, 32, 32, 16, 1)]),
+        (128, [(256, 32, 32, 16, 1), (128, 16, 16, 16, 2), (128, 16, 16, 16, 1)]),
+        (256, [(128, 16, 16, 16, 1), (64, 8, 8, 8, 2), (64, 8, 8, 8, 1)]),
     ],
 }
 LARGEST = 256  # head size
+WARPS = 8  # of a multiprocessor, two in each quarter: enough, if need be, for one to wait while the other works
+RESERVED = 1024  # bytes of shared memory that the driver takes for each block
 
 
 def padded(storage: str, across: int, qk_dim: int, v_dim: int) -> tuple[int, int]:
@@ -288,13 +295,18 @@ def choose(
     limit: int,
     tf32: bool = False,
 ) -> Tiling | None:
-    """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory; None where
-    there is none. tf32: tensor cores for float32."""
+    """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory and a
+    multiprocessor RESERVED more; None where there is none. tf32: tensor cores for float32."""
     kind = "tf32" if tf32 and storage == "f32" else storage if storage in ("f32", "f64") else "half"
     for largest, shapes in _TABLES[kernel, kind]:
-        if max(qk_dim, v_dim) <= largest:
-            for threads, rows, cols, across, stages in shapes:
-                t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, qk_dim, v_dim), stages)
-                if memory(t)["size"] <= limit:
+        fits = []
+        for threads, rows, cols, across, stages in shapes if max(qk_dim, v_dim) <= largest else ():
+            t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, qk_dim, v_dim), stages)
+            size = memory(t)["size"]
+            if size <= limit:
+                fits.append(t)
+                if (limit + RESERVED) // (size + RESERVED) * threads >= 32 * WARPS:
                     return t
+        if fits:
+            return fits[0]
     return None

@@ -103,6 +103,8 @@ class _Run(ptxemu.Launch if ptxemu else object):  # type: ignore[misc]
             self.pvals = {name: (_Later(name), kind) for name, (_, kind) in self.pvals.items()}
             super().compile()
             loaded.blocks, loaded.used = self.blocks, self.used
+            if not loaded.symbols:  # whose addresses are a device's own
+                loaded.kernel.generated = self.blocks, self.used
         self.blocks, self.used = loaded.blocks, loaded.used
 
     def rd(self, a: str, ty: str) -> str:
@@ -184,7 +186,7 @@ class EmulatedDevice:
                     raise RuntimeError(f"{kernel.name} has parameters that do not take 8 bytes: {', '.join(wide)}")
                 symbols = {n: self.upload(values, 0) for n, values in kernel.globals.items()}
                 static = kernel.shared_size
-                loaded = _Loaded(kernel, symbols)
+                loaded = _Loaded(kernel, symbols, *getattr(kernel, "generated", ()))
                 found = driver.Function(kernel.name, loaded, static, max(driver.DEFAULT_SHARED - static, 0))
                 self._kernels[ptx, name] = found
         return found

@@ -5,9 +5,11 @@ The rules are those of the CPU's tests (test_attention.check, test_backward.chec
 is meant where none is named. A few small rows run always; all rows, and all rows in the other dtypes, with --ladder.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 import emulator
 import test_attention
 import test_backward
-from cases import CASES, DTYPES, Case, build
+from cases import CASES, DTYPES, Case, build, seed_of
 
 import numba_attn as na
 from numba_attn.cuda import driver
@@ -32,13 +34,33 @@ def work(case: Case) -> int:
     return case.batch * case.heads[0] * case.q_len * case.kv_len * sum(case.dims)
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.EmulatedDevice]:
+# Tiles depend on how much shared memory a block of the device can have: each dtype runs on two of the three sizes.
+DEVICES = {"float32": (8, 0), "float64": (8, 6), "float16": (8, 0), "bfloat16": (9, 0)}
+OTHERS = {"float32": (9, 0), "float64": (9, 0), "float16": (8, 6), "bfloat16": (8, 0)}
+# How copies land and warps take turns.
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"async_late": False},
+    {"schedule": "random", "seed": 1},
+    {"schedule": "random", "seed": 2, "async_late": False},
+    {"schedule": "random", "seed": 3},
+]
+
+
+def way(case: Case, test: str) -> dict[str, Any]:
+    return WAYS[seed_of(case.name + test) % len(WAYS)]
+
+
+@contextlib.contextmanager
+def emulated(case: Case, test: str) -> Iterator[emulator.EmulatedDevice]:
     """An emulated device, and "cuda" for the backend of calls that name none."""
-    for name in ("attention", "attention_vjp", "attention_backward"):
-        monkeypatch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
-    with driver.use(emulator.EmulatedDevice((8, 0))) as device:
-        yield device
+    devices = OTHERS if "-as-" in case.name else DEVICES
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("attention", "attention_vjp", "attention_backward"):
+            patch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
+        patch.setattr(test_backward, "HALF_WEIGHTS", True)
+        with driver.use(emulator.EmulatedDevice(devices[case.dtype], **way(case, test))) as device:
+            yield device
 
 
 def rows(dtype: str | None) -> list[Case]:
@@ -58,9 +80,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 
-def test_case(case: Case, cuda: emulator.EmulatedDevice) -> None:
-    test_attention.check(*build(case))
+def test_case(case: Case) -> None:
+    with emulated(case, "forward"):
+        test_attention.check(*build(case))
 
 
-def test_gradients(case: Case, cuda: emulator.EmulatedDevice) -> None:
-    test_backward.check(*build(case))
+def test_gradients(case: Case) -> None:
+    with emulated(case, "gradients"):
+        test_backward.check(*build(case))

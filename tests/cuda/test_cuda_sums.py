@@ -243,14 +243,7 @@ def test_a_table_by_distance(cuda: emulator.EmulatedDevice) -> None:
 @pytest.mark.parametrize(
     "mod, size, message",
     [
-        pytest.param(
-            outside,
-            SQ,
-            r"score_mod reads outside aux\[0\]",
-            marks=pytest.mark.xfail(
-                reason="the read itself is outside the array, which the emulator sees", strict=True
-            ),
-        ),
+        (outside, SQ, r"score_mod reads outside aux\[0\]"),
         (na.score_mod(reads_two, grad=grad_two), SQ, r"reads not exactly one element of aux\[0\]"),
     ],
 )
@@ -260,6 +253,15 @@ def test_aux_errors(mod: Any, size: int, message: str, cuda: emulator.EmulatedDe
     out, lse = na.attention(q, k, v, return_lse=True)
     with pytest.raises(ValueError, match=message):
         na.attention_backward(out, q, k, v, out, lse, score_mod=mod, aux=aux, aux_grad=(0,))
+
+
+def test_a_read_outside_aux_is_nan(cuda: emulator.EmulatedDevice) -> None:
+    """And not an access outside of memory, after which a device does nothing more for the process."""
+    q, k, v = inputs()
+    for row, n in ((np.ones(SQ, np.float32), 1), (np.ones(SQ - 9, np.float32), 10)):
+        found = na.attention(q, k, v, score_mod=outside, aux=(row,))
+        assert np.isnan(found[:, :, -n:]).all()
+        np.testing.assert_array_equal(found[:, :, :-n], na.attention(q[:, :, :-n], k, v, score_mod=outside, aux=(row,)))
 
 
 # ---------------------------------------------------------------- order, memory, resources
