@@ -146,7 +146,9 @@ def sums_of_halves(
         return {}
     dtype = arrays[0].dtype
     exact = na.reference.attention(*arrays, **options)
-    rounded = from_bhsd(naive_attention(np.float32, *arrays, weights_dtype=dtype, **options)[0], options.get("layout", "bhsd"))
+    rounded = from_bhsd(
+        naive_attention(np.float32, *arrays, weights_dtype=dtype, **options)[0], options.get("layout", "bhsd")
+    )
     off = (dout.astype(np.float64) * (rounded.astype(dtype).astype(np.float64) - exact)).sum(-1)
     rng, found = np.random.default_rng(0), dict.fromkeys(names, 0.0)
     for _ in range(4):

@@ -193,9 +193,9 @@ def _times(x, y):
 #
 # A large tile reads fewer bytes of shared memory for a product, which is what bounds the FMA kernels; but one warp in
 # each quarter of a multiprocessor hides nothing. So the first is taken of which WARPS warps find room in shared memory,
-# else the first that fits. Of some 60 shapes that were compiled these have the most expected clocks for products, as
-# the lesser of U / slowest and warps a quarter x U / sum (docs/cuda.md): in float32 at head size 128 on an H100 0.53 for
-# forward (64 x 32: 0.43), 0.53 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32: 0.40).
+# else the first that fits. Of some 60 shapes that were compiled these promise most, by the lesser of U / slowest and
+# warps a quarter x U / sum (docs/cuda.md): in float32 at head size 128 on an H100 0.53 of the peak for forward (64 x
+# 32: 0.43), 0.44 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32: 0.40).
 _Shape = tuple[int, int, int, int, int]
 _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
     ("forward", "half"): [
