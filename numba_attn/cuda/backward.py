@@ -29,6 +29,7 @@ from .scores import (
     LOW,
     Features,
     build_dropout,
+    build_exponent,
     build_locate,
     build_modify,
     count_of,
@@ -157,15 +158,15 @@ def build_fill(storage: str, acc: str, f: Features) -> Any:
     return fill
 
 
-def _weights(t: Tiling, stats: int, swapped: bool) -> tuple[Any, Any]:
+def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, Any]:
     """weight(s, row, col, given) = p, and inner(p, dp, row, col, given) = p (dp - delta)."""
-    number, exp2, choose = exact_functions(t.acc).number, exact_functions(t.acc).exp2, tile.choose
+    number, weight_from, choose = exact_functions(t.acc).number, build_exponent(f, t.acc).weight, tile.choose
     load, size, one = tile.load_shared(t.acc, t.acc), SIZE[t.acc], number(1)
     add, mul = tile.add, tile.mul
 
     @inline
     def weight_of(s, q, given):
-        p = exp2(s - load(add(given[5], add(stats, mul(q, 2 * size)))))
+        p = weight_from(s, load(add(given[5], add(stats, mul(q, 2 * size)))))
         return choose(p > one, one, p)  # lse is rounded
 
     @inline
@@ -221,7 +222,7 @@ def _step(t: Tiling, f: Features, table: int, stats: int, swapped: bool) -> Any:
     MOD, CAP = f.score_mod is not None, f.softcap
     whole = tile.mapped(modify.whole, regs, results=RESULTS)
     partial = tile.mapped(modify.partial, regs, results=RESULTS)
-    weight, inner = _weights(t, stats, swapped)
+    weight, inner = _weights(t, f, stats, swapped)
     weights, inners = tile.mapped(weight, regs), tile.mapped(inner, regs, n_tiles=2)
     drop_bits = build_dropout(regs, parts.element, table, swapped)
     scaled_where, number = tile.scaled_where(regs), exact_functions(t.acc).number

@@ -23,6 +23,7 @@ from .scores import (
     LOW,
     Features,
     build_dropout,
+    build_exponent,
     build_locate,
     build_modify,
     count_of,
@@ -75,9 +76,11 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     guard = repairer(t, t.v_dim, places["bad"])
     clear_bad, repair, spoil = guard.clear, guard.repair, guard.spoil
     row_max, row_sum = tile.row_max(s_regs), tile.row_sum(s_regs)
-    larger = tile.each_row(lambda x, y: maximum(x, y), s_regs)
+    larger = tile.each_row(lambda m, x: maximum(m, largest(x)), s_regs)
     alphas = tile.each_row(lambda old, new: rescale(old, new), s_regs)
-    weights = tile.with_row(lambda x, m: exp2(x - safe(m)), s_regs)
+    exponent = build_exponent(f, t.acc)
+    weight, largest = exponent.weight, exponent.largest
+    weights = tile.with_row(lambda x, m: weight(x, safe(m)), s_regs)
     running = tile.each_row(lambda x, y: x * y, s_regs)
     plus = tile.each_row(lambda x, y: x + y, s_regs)
     inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), s_regs)

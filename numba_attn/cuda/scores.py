@@ -59,7 +59,7 @@ class Features:
 
     @property
     def natural(self) -> bool:
-        """Whether scores are in natural units until the end."""
+        """Whether scores are in natural units, not in log2 units: `build_exponent` tells them apart."""
         return bool(self.bias or self.slopes or self.score_mod)
 
     @property
@@ -229,9 +229,25 @@ def exact_functions(acc: str) -> SimpleNamespace:
     return SimpleNamespace(number=np.float64, exp2=exp2, log2=log2, tanh=exact_tanh)
 
 
+def build_exponent(features: Features, acc: str) -> SimpleNamespace:
+    """weight(score, m) = 2**(score - m) and largest(score), for scores as `build_modify` gives them and m and largest in
+    log2 units.
+
+    A product that is rounded with the difference is as exact as a difference of natural scores would be: what m is off
+    by is the same for a row's weights and their sum.
+    """
+    functions = exact_functions(acc)
+    exp2, log2e, multiply_add = functions.exp2, functions.number(LOG2E), tile.multiply_add
+    if features.natural:
+        return SimpleNamespace(
+            weight=inline(lambda x, m: exp2(multiply_add(x, log2e, -m))), largest=inline(lambda x: x * log2e)
+        )
+    return SimpleNamespace(weight=inline(lambda x, m: exp2(x - m)), largest=inline(lambda x: x))
+
+
 def build_modify(features: Features, acc: str, table: int, swapped: bool = False) -> SimpleNamespace:
-    """whole(x, row, col, given) and partial(x, row, col, given): a product's element -> its score in log2 units, -inf
-    for exactly the hidden pairs; whole is for tiles of which every pair is seen.
+    """whole(x, row, col, given) and partial(x, row, col, given): a product's element -> its score, -inf for exactly
+    the hidden pairs; whole is for tiles of which every pair is seen.
 
     row is the query's place in the tile, col the key counted from the sequence's start; swapped: the other way round.
     given: (call, reals, batch, k_start, what to add to a query's array index for its position, where the table lies
@@ -244,11 +260,11 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     functions = exact_functions(acc)
     number, tanh = functions.number, functions.tanh
     at = {name: n for n, name in enumerate(f.fields)}
-    log2e, hidden, one = number(LOG2E), number(-np.inf), number(1)
+    hidden, one = number(-np.inf), number(1)
     load_row, add, mul, inside, choose = tile.load_row, tile.add, tile.mul, tile.inside, tile.choose
     seen, changed = _seen(f, at), _changed(f, at, acc)
     multiply_add = tile.multiply_add
-    natural, softcap, every = f.natural, f.softcap, f.every_pair
+    softcap, every = f.softcap, f.every_pair
     mod_slope, cap_slope = f.derivatives and f.score_mod is not None, f.derivatives and f.softcap
 
     @inline
@@ -274,7 +290,7 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     @inline
     def whole_pair(x, q, j, given):
         x, cap = scaled(x, given[1])
-        return returned(x * log2e if natural else x, one, cap)
+        return returned(x, one, cap)
 
     @inline
     def partial_pair(x, q, j, given):
@@ -283,13 +299,12 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
         there = inside(j, first, end)
         x, cap = scaled(x, reals)
         if not every:
-            return returned(choose(there, x * log2e if natural else x, hidden), one, cap)
+            return returned(choose(there, x, hidden), one, cap)
         y, mod = hidden, one
         if there:
             key = k_start + j
             if seen(call, b, h, i, key):
                 y, mod = changed(x, call, b, h, i, key, i + shift - j)
-                y = y * log2e if natural else y
         return returned(y, mod, cap)
 
     if swapped:
@@ -393,22 +408,21 @@ def _table(first: int, size: int) -> Callable[..., Any]:
 
 
 def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
-    """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, and the derivative of score_mod; distance is
-    the query's position less the key's."""
+    """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, -inf where the bias is; and the derivative of
+    score_mod. distance is the query's position less the key's."""
     number = np.float32 if acc == "f32" else np.float64
-    choose, hidden = tile.choose, number(-np.inf)
+    choose, hidden, one, derivatives = tile.choose, number(-np.inf), number(1), f.derivatives
 
-    def same(x, call, b, h, i, j, distance):
-        return x
+    def plain(x, call, b, h, i, j, distance):
+        return x, True
 
-    def with_bias(before, n):
+    def with_bias(n):
         load = tile.load_global(f.bias, acc)
 
         def changed(x, call, b, h, i, j, distance):
             to = call[n] + b * call[n + 1] + h * call[n + 2] + i * call[n + 3] + j * call[n + 4]
             added = load(to)
-            y = before(x, call, b, h, i, j, distance) + added
-            return choose(added == hidden, hidden, y)  # whatever the score is, NaN too
+            return x + added, added != hidden  # the bias hides, whatever the score is and becomes
 
         return changed
 
@@ -417,31 +431,30 @@ def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
 
         def changed(x, call, b, h, i, j, distance):
             slope = load(call.slopes + b * call.slopes_b + h * size)
-            return before(x, call, b, h, i, j, distance) - slope * abs(number(distance))
+            y, shown = before(x, call, b, h, i, j, distance)
+            return y - slope * abs(number(distance)), shown
 
         return changed
 
-    changed = inline(same)
-    if f.bias:
-        changed = inline(with_bias(changed, at["bias"]))
+    before = inline(with_bias(at["bias"]) if f.bias else plain)
     if f.slopes:
-        changed = inline(with_slopes(changed))
-    before, one, derivatives = changed, number(1), f.derivatives
+        before = inline(with_slopes(before))
     if f.score_mod is None:
 
         @inline
         def final(x, call, b, h, i, j, distance):
-            return before(x, call, b, h, i, j, distance), one
+            y, shown = before(x, call, b, h, i, j, distance)
+            return choose(shown, y, hidden), one
 
     else:
         mod, table = inline(f.score_mod), _table(at.get("score_mod_0", 0), f.score_table)
 
         @inline
         def final(x, call, b, h, i, j, distance):
-            x = before(x, call, b, h, i, j, distance)
+            x, shown = before(x, call, b, h, i, j, distance)
             y = mod(x, np.int32(b), np.int32(h), np.int32(i), np.int32(j), table(call))
             if derivatives:
-                return y
-            return y, one
+                return choose(shown, y[0], hidden), y[1]
+            return choose(shown, y, hidden), one
 
     return final

@@ -489,7 +489,7 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
     modify, DROPOUT = build_modify(f, t.acc, TABLE), f.dropout
     number = np.float64 if t.acc == "f64" else np.float32
     modified = tile.mapped(modify.partial, regs, results=modify.results)
-    weight, inner = _weights(t, STATS, False)
+    weight, inner = _weights(t, f, STATS, False)
     weights, inners = tile.mapped(weight, regs), tile.mapped(inner, regs, n_tiles=2)
     drop_bits, scaled_where = build_dropout(regs, products(t).element, TABLE, False), tile.scaled_where(regs)
     cleared, hidden_bits = tile.cleared(regs), tile.hidden_bits(regs)
