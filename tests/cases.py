@@ -432,6 +432,17 @@ add(
     kv_len=239,
     dtype="float64",
 )
+# Both sequences fill tiles of queries, one of them fewer than the other: its tile behind the last is nobody's.
+add(
+    "varlen-tiles",
+    "flash_attn_varlen_func",
+    varlen([0, 130, 390], [0, 9, 20]),
+    batch=1,
+    heads=(4, 2),
+    q_len=390,
+    kv_len=20,
+    dims=(8, 8),
+)
 add("varlen-shd", "flash-attention's (total, H, D)", varlen(_CU_Q, _CU_K), batch=1, q_len=239, kv_len=203, layout="shd")
 add(
     "varlen-alibi",

@@ -84,6 +84,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     running = tile.each_row(lambda x, y: x * y, s_regs)
     plus = tile.each_row(lambda x, y: x + y, s_regs)
     inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), s_regs)
+    divided = tile.with_rows(_divided(t.acc), o_regs)
     log_sums = tile.each_row(lambda m, l: choose(l == zero, minus_inf, (safe(m) + log2(l)) * ln2), s_regs)
     scale_rows = tile.with_row(lambda x, y: x * y, o_regs)
     start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(s_regs.rows), 0.0)
@@ -200,7 +201,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
                 m = m_new
                 l = plus(running(l, alpha), sink_weight(m, row, given))
                 o = scale_rows(o, alpha)
-            o = scale_rows(o, inverse(l, l))
+            o = divided(o, l, inverse(l, l))
             if call.lse != 0 and col == 0:
                 write_lse(log_sums(m, l), row, (call, b, count))
         wait_all()
@@ -216,6 +217,21 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
             store_o(tid, Q, call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, TABLE, count, call.v_dim)
 
     return forward
+
+
+def _divided(acc: str) -> Any:
+    """(o, l, 1 / l or 0) -> o / l. In float64 with the remainder, as a division has it: half a rounding of all that are
+    made, where the yardstick is as exact as the kernel."""
+    if acc == "f32":
+        return lambda x, l, y: x * y
+    choose, fma = tile.choose, tile.multiply_add
+
+    def divided(x, l, y):
+        quotient = x * y
+        exact = fma(fma(-quotient, l, x), y, quotient)
+        return choose(exact == exact, exact, quotient)  # an infinite quotient has no remainder
+
+    return divided
 
 
 def _writer(acc: str, table: int) -> Any:

@@ -167,7 +167,7 @@ def build_locate(rows: int) -> Callable[..., Any]:
 
 
 def count_of(rows: int) -> Any:
-    """(call, q_len, index) -> the queries that tile `index` of a (sequence, key head) holds."""
+    """(call, q_len, index) -> the queries that tile `index` of a (sequence, key head) holds; none behind its last."""
     udiv = tile.udiv
 
     @inline
@@ -175,7 +175,10 @@ def count_of(rows: int) -> Any:
         if q_len < rows:
             return min(rows, call.group * q_len - index * rows)
         tiles = np.int64(udiv(q_len + (rows - 1), rows))
-        return min(rows, q_len - (index - np.int64(udiv(index, tiles)) * tiles) * rows)
+        head = np.int64(udiv(index, tiles))
+        if head >= call.group:  # a longer sequence has as many tiles
+            return 0
+        return min(rows, q_len - (index - head * tiles) * rows)
 
     return count
 
@@ -230,8 +233,8 @@ def exact_functions(acc: str) -> SimpleNamespace:
 
 
 def build_exponent(features: Features, acc: str) -> SimpleNamespace:
-    """weight(score, m) = 2**(score - m) and largest(score), for scores as `build_modify` gives them and m and largest in
-    log2 units.
+    """weight(score, m) = 2**(score - m) and largest(score): scores as `build_modify` gives them, m and largest in log2
+    units.
 
     A product that is rounded with the difference is as exact as a difference of natural scores would be: what m is off
     by is the same for a row's weights and their sum.
@@ -408,8 +411,8 @@ def _table(first: int, size: int) -> Callable[..., Any]:
 
 
 def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
-    """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, -inf where the bias is; and the derivative of
-    score_mod. distance is the query's position less the key's."""
+    """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, -inf where the bias is; and the derivative
+    of score_mod. distance is the query's position less the key's."""
     number = np.float32 if acc == "f32" else np.float64
     choose, hidden, one, derivatives = tile.choose, number(-np.inf), number(1), f.derivatives
 

@@ -416,6 +416,23 @@ def with_row(fn: Callable[..., Any], regs: Registers) -> Any:
     return with_row
 
 
+def with_rows(fn: Callable[..., Any], regs: Registers) -> Any:
+    """(tile, x, y) -> fn(element, x of its row, y of its row)."""
+    scalar = FLOATS[regs.acc][1]
+
+    @intrinsic
+    def with_rows(typingctx, tile, x, y):
+        def codegen(context, builder, sig, args):
+            tile, x, y = (unpack(builder, a, n) for a, n in zip(args, (regs.size, *[len(regs.rows)] * 2), strict=True))
+            inner = scalar(scalar, scalar, scalar)
+            new = [context.compile_internal(builder, fn, inner, [tile[e], x[a], y[a]]) for e, a, _ in regs]
+            return context.make_tuple(builder, sig.return_type, new)
+
+        return regs.type(tile, x, y), codegen
+
+    return with_rows
+
+
 def _by_row(regs: Registers, combine: Callable[[Any, Any, Any], Any]) -> Any:
     @intrinsic
     def by_row(typingctx, tile):
