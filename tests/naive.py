@@ -128,13 +128,20 @@ def rounding(dtype: np.dtype) -> float:
 
 
 def backward(
-    dtype: Any, dout: np.ndarray, dlse: np.ndarray | None, q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any
+    dtype: Any,
+    dout: np.ndarray,
+    dlse: np.ndarray | None,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    weights_dtype: Any = None,
+    **options: Any,
 ) -> dict[str, tuple[np.ndarray, float]]:
     """The gradients of `attention` without score_mod, every step in `dtype`: {name: (gradient, size)}.
 
     The gradients are (B, H, S, D), and of bias, sinks and slopes in their own shape; `size` is the largest sum of
     absolute values that an entry is made of, which says how far rounding may throw it. out is rounded to q's dtype, as
-    the caller keeps it.
+    the caller keeps it. weights_dtype: as for `attention`, and of ds too.
     """
     p = resolve(q, k, v, **options)
     assert p.score_mod is None, "the yardstick does not differentiate"
@@ -188,9 +195,13 @@ def backward(
             weight = np.where(np.isneginf(lse), t(0), np.exp(p.sinks[:, None].astype(dtype) - lse))
         add("dsinks", -(weight * delta).sum((0, 2), dtype=dtype), (weight * np.abs(delta)).sum((0, 2)))
     ds, size = ds * curve * t(p.scale), np.abs(size * curve * t(p.scale))
+    if weights_dtype is not None:
+        ds = ds.astype(weights_dtype).astype(dtype)
     add("dq", ds @ kc, size @ np.abs(kc))
     add("dk", by_group(ds.swapaxes(-1, -2) @ qc), by_group(size.swapaxes(-1, -2) @ np.abs(qc)))
     weights = weights * keep
+    if weights_dtype is not None:
+        weights = weights.astype(weights_dtype).astype(dtype)
     add("dv", by_group(weights.swapaxes(-1, -2) @ do), by_group(weights.swapaxes(-1, -2) @ np.abs(do)))
     return found
 

@@ -106,14 +106,15 @@ def check(
         {name: x for name, x in options.items() if name not in ("score_mod", "aux")} if modified else options
     )
     small = lse.size * from_layout(k, options.get("layout", "bhsd")).shape[2] < 20_000 or q.dtype.itemsize == 2
-    yardstick = naive(acc, dout, dlse, q, k, v, **plain_options) if small or not modified else {}
+    halves = HALF_WEIGHTS and q.dtype.itemsize == 2
+    rounded = {"weights_dtype": q.dtype} if halves else {}
+    yardstick = naive(acc, dout, dlse, q, k, v, **rounded, **plain_options) if small or not modified else {}
     names = [name for name, _ in entries(grads)]
     assert names == [name for name, _ in entries(want)]
     assert (grads.daux is None) == (want.daux is None)
     unsure = rounding(acc) * (4 + largest(lse))  # of a weight, whatever luck the yardstick had
     if modified and q.dtype.itemsize == 2:
         unsure += rounding(q.dtype)  # of out
-    halves = HALF_WEIGHTS and q.dtype.itemsize == 2
     sums = sums_of_halves(arrays, options, dout, dlse, aux_grad, want) if halves else {}
     for (name, x), (_, y) in zip(entries(grads), entries(want), strict=True):
         of = argument(name, arrays, options)

@@ -45,6 +45,7 @@ def cuda(shared: emulator.EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> It
     """An emulated device, and "cuda" for the backend of calls that name none."""
     for name in ("attention", "attention_vjp", "attention_backward"):
         monkeypatch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
+    monkeypatch.setattr(test_backward, "HALF_WEIGHTS", True)
     with driver.use(shared) as device:
         yield device
 
@@ -209,11 +210,7 @@ def grad_two(s, b, h, i, j, row):
     return 1.0, row[0]
 
 
-# The check knows dense float32 arithmetic on halves; the tensor cores round the weights to halves besides.
-HALVES = pytest.mark.xfail(reason="what sums over pairs may be off by in halves is not worked out yet", strict=True)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=HALVES)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_aux(dtype: str, cuda: emulator.EmulatedDevice) -> None:
     """Arrays of no axis to two, one read twice, one of integers; with GQA, a window, dropout and softcap."""
     arrays = inputs(dtype, SK if dtype != "float16" else SK_HALF)
