@@ -49,6 +49,7 @@ def attention(
     return_lse: bool = False,
     backend: str = "auto",
     stream: Any = None,
+    tf32: bool = False,
 ) -> Any:
     """Scaled dot-product attention, softmax(scale q k' + ...) v, in O(S) memory.
 
@@ -101,6 +102,10 @@ def attention(
     stream : None, int or stream
         For a GPU: the CUDA stream to compute on, a CUstream handle or an object of torch, CuPy, Numba or cuda.core;
         the current one of torch or CuPy for their arrays, else the default stream, if left out.
+    tf32 : bool
+        On a GPU, for float32: products by tensor cores, which round their operands to 10 bits of mantissa, float16's,
+        and keep float32's range and sums. Few queries (Sq * Hq / Hkv <= 16) are computed in float32 all the same:
+        reading the keys is what takes time.
 
     Returns
     -------
@@ -144,6 +149,7 @@ def attention(
         and sinks is None
         and seed is None
         and stream is None
+        and tf32 is False
         and type(aux) is tuple
         and not aux
         and type(dropout_p) is float
@@ -188,9 +194,11 @@ def attention(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        result, lse = on_device.attention(q, k, v, options, out, bool(return_lse), stream)
+        _check_tf32(tf32, "cuda", q)
+        result, lse = on_device.attention(q, k, v, options, out, bool(return_lse), stream, tf32)
         return (result, lse) if return_lse else result
     _check_stream(stream, backend)
+    _check_tf32(tf32, backend, q)
     problem = plan.resolve(q, k, v, **options)
     if out is None:
         result = np.empty(plan.output_shape(problem), problem.dtype)
@@ -202,7 +210,7 @@ def attention(
     if backend == "cuda":
         from .cuda import attention as on_cuda
 
-        on_cuda(problem, view, lse_view, stream)
+        on_cuda(problem, view, lse_view, stream, tf32)
     elif _jit_is_off():
         _dense(result, lse, q, k, v, options)
     else:
@@ -239,6 +247,7 @@ def attention_vjp(
     return_lse: bool = False,
     backend: str = "auto",
     stream: Any = None,
+    tf32: bool = False,
 ) -> tuple[Any, Pullback]:
     """Attention and its pullback: the gradients of whatever is computed from out, in O(S) memory.
 
@@ -251,6 +260,8 @@ def attention_vjp(
         pullback then waits for the kernels, which tell whether score_mod reads what has no gradient.
     stream : None, int or stream
         As in `attention`, for the forward pass; the pullback takes its own.
+    tf32 : bool
+        As in `attention`, for both passes.
 
     Returns
     -------
@@ -285,14 +296,15 @@ def attention_vjp(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        result, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, out, bool(return_lse), stream)
-        pullback = Pullback(None, (q, k, v), options, kept, tuple(aux_grad), backend)
+        _check_tf32(tf32, "cuda", q)
+        result, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, out, bool(return_lse), stream, tf32)
+        pullback = Pullback(None, (q, k, v), options, kept, tuple(aux_grad), backend, tf32)
     else:
         problem = plan.resolve(q, k, v, **options)
         check_aux_grad(aux_grad, problem.aux)
-        result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend, stream=stream)
+        result, lse = attention(q, k, v, **options, out=out, return_lse=True, backend=backend, stream=stream, tf32=tf32)
         views = plan.bhsd_view(result.copy(), layout), plan.bhsd_view(lse.copy(), layout)
-        pullback = Pullback(problem, (q, k, v), options, views, tuple(aux_grad), backend)
+        pullback = Pullback(problem, (q, k, v), options, views, tuple(aux_grad), backend, tf32)
     return ((result, lse) if return_lse else result), pullback
 
 
@@ -322,6 +334,7 @@ def attention_backward(
     layout: str = "bhsd",
     backend: str = "auto",
     stream: Any = None,
+    tf32: bool = False,
 ) -> Gradients:
     """The gradients of `attention`, from its results: `attention_vjp` without a closure.
 
@@ -329,7 +342,7 @@ def attention_backward(
     ----------
     dout : ndarray
         The gradient with respect to out: its shape and dtype.
-    q, k, v, causal, ..., backend, stream
+    q, k, v, causal, ..., backend, stream, tf32
         As `attention` was called with; the stream may be another.
     out, lse : ndarray
         What it returned with return_lse=True.
@@ -361,13 +374,15 @@ def attention_backward(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        return on_device.attention_backward(dout, q, k, v, out, lse, dlse, options, aux_grad, stream)
+        _check_tf32(tf32, "cuda", q)
+        return on_device.attention_backward(dout, q, k, v, out, lse, dlse, options, aux_grad, stream, tf32)
     _check_stream(stream, backend)
+    _check_tf32(tf32, backend, q)
     problem = plan.resolve(q, k, v, **options)
     asked = check_aux_grad(aux_grad, problem.aux)
     views = check_results(problem, out, lse)
     cotangents = check_cotangents(problem, dout, dlse)
-    return _backward(problem, (q, k, v), options, *views, *cotangents, asked, backend, stream)
+    return _backward(problem, (q, k, v), options, *views, *cotangents, asked, backend, stream, tf32)
 
 
 def attention_jvp(
@@ -494,9 +509,10 @@ class Pullback:
         results: tuple[Any, Any],  # out and lse: (B, H, S, ...) views, on a GPU the arrays
         aux_grad: tuple[int, ...],
         backend: str,
+        tf32: bool,
     ):
         self._problem, self._inputs, self._options, self._aux_grad = problem, inputs, options, aux_grad
-        self._results, self._backend = results, backend
+        self._results, self._backend, self._tf32 = results, backend, tf32
 
     def __call__(self, dout: Any, dlse: Any = None, *, stream: Any = None) -> Gradients:
         """The gradients of sum(dout * out) + sum(dlse * lse).
@@ -507,11 +523,13 @@ class Pullback:
         if problem is None:
             from .cuda import on_device
 
-            return on_device.attention_backward(dout, *inputs, out, lse, dlse, options, self._aux_grad, stream)
+            return on_device.attention_backward(
+                dout, *inputs, out, lse, dlse, options, self._aux_grad, stream, self._tf32
+            )
         _check_stream(stream, self._backend)
         asked = check_aux_grad(self._aux_grad, problem.aux)
         cotangents = check_cotangents(problem, dout, dlse)
-        return _backward(problem, inputs, options, out, lse, *cotangents, asked, self._backend, stream)
+        return _backward(problem, inputs, options, out, lse, *cotangents, asked, self._backend, stream, self._tf32)
 
 
 def _backward(
@@ -525,6 +543,7 @@ def _backward(
     asked: tuple[bool, ...],
     backend: str,
     stream: Any,
+    tf32: bool,
 ) -> Gradients:
     """The gradients in the caller's layout, shapes and dtypes; out, lse, dout and dlse are (B, H, S, ...) views."""
     if backend != "cuda" and _jit_is_off():
@@ -541,7 +560,7 @@ def _backward(
     if backend == "cuda":
         from .cuda import attention_backward as on_cuda
 
-        dbias, dslopes, daux, deltas = on_cuda(*arguments, stream)
+        dbias, dslopes, daux, deltas = on_cuda(*arguments, stream, tf32)
     else:
         from .cpu.launch_backward import backward
 
@@ -573,6 +592,19 @@ def _check_stream(stream: Any, backend: str) -> None:
             "stream is given, but the arrays are in host memory and the CPU computes; it takes arrays on a GPU, or "
             "backend='cuda', beside it"
         )
+
+
+def _check_tf32(tf32: Any, backend: str, q: Any) -> None:
+    if not isinstance(tf32, (bool, np.bool_)):
+        raise TypeError(f"tf32 is {tf32!r}; it takes a bool")
+    if tf32 and backend != "cuda":
+        raise ValueError(
+            "tf32 is True, but the arrays are in host memory and the CPU computes; it takes arrays on a GPU, or "
+            "backend='cuda', beside it"
+        )
+    name = str(getattr(q, "dtype", "float32")).removeprefix("torch.")
+    if tf32 and name != "float32":
+        raise ValueError(f"tf32 is True and q has dtype {name}; tf32 is a way to compute with float32 arrays")
 
 
 def _on_gpu(q: Any, k: Any, v: Any, backend: str) -> bool:

@@ -46,10 +46,20 @@ class Call:
     """One problem on one device: its arrays there, the features that it needs and the numbers that kernels take.
 
     on_device: the problem's arrays are shadows, NumPy views of device memory that nobody may read here.
+    tf32: float32 by tensor cores.
     """
 
-    def __init__(self, problem: Problem, device: Any, stream: int, on_device: bool, derivatives: bool = False):
+    def __init__(
+        self,
+        problem: Problem,
+        device: Any,
+        stream: int,
+        on_device: bool,
+        derivatives: bool = False,
+        tf32: bool = False,
+    ):
         self.problem, self.device, self.stream, self.on_device = problem, device, stream, on_device
+        self.tf32 = tf32
         check(problem, device)
         self.storage = STORAGE[problem.dtype.name]
         self.acc = "f64" if self.storage == "f64" else "f32"
@@ -252,7 +262,8 @@ class Call:
 
     def tiling(self, kernel: str, memory: Callable[[Tiling], dict[str, int]]) -> Tiling:
         p = self.problem
-        t = choose(kernel, self.storage, p.qk_dim, p.v_dim, memory, self.device.shared_limit)
+        tf32 = self.tf32 and kernel != "decode"
+        t = choose(kernel, self.storage, p.qk_dim, p.v_dim, memory, self.device.shared_limit, tf32)
         if t is None:
             raise ValueError(
                 f"q has head size {p.qk_dim} and v {p.v_dim} in {p.dtype}: the CUDA kernels have no tile for these "
@@ -344,14 +355,20 @@ def _function(device: Any, build: Callable[..., Any], t: Tiling | None, f: Featu
 
 
 def attention(
-    problem: Problem, out: Array, lse: Array | None, stream: int = 0, on_device: bool = False, device: Any = None
+    problem: Problem,
+    out: Array,
+    lse: Array | None,
+    stream: int = 0,
+    on_device: bool = False,
+    device: Any = None,
+    tf32: bool = False,
 ) -> None:
     """Write out, and lse if wanted, (B, H, S, D) and (B, H, S) views.
 
     on_device: they and the problem's arrays are shadows of device memory; the work is left on the stream.
     """
     device = driver.current() if device is None else device
-    call = Call(problem, device, stream, on_device)
+    call = Call(problem, device, stream, on_device, tf32=tf32)
     p = problem
     shape = (p.batch, p.q_heads, p.q_len, p.v_dim)
     results = [(call.result("out", shape, p.dtype, out), out)]
@@ -421,6 +438,7 @@ def attention_backward(
     on_device: bool = False,
     device: Any = None,
     dsinks: Array | None = None,
+    tf32: bool = False,
 ) -> tuple[Any, Any, tuple[Any, ...], Any]:
     """As cpu.launch_backward.backward: write dq, dk and dv; return dbias, dslopes, daux and deltas.
 
@@ -430,7 +448,7 @@ def attention_backward(
         of the sinks in place of deltas, are Results in these shapes and in the argument's dtype, acc or float64.
     """
     p, device = problem, driver.current() if device is None else device
-    call = Call(p, device, stream, on_device, derivatives=True)
+    call = Call(p, device, stream, on_device, derivatives=True, tf32=tf32)
     for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse)):
         if x is not None:
             call.place(name, x)

@@ -133,31 +133,33 @@ def _of_function(call: _Call, x: Any) -> Any:
 
 
 def attention(
-    q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any
+    q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any, tf32: bool
 ) -> tuple[Any, Any]:
     """api.attention with arrays on a GPU: out, and lse or None."""
     call = _enter(options, stream, q=q, k=k, v=v, out=out)
     with call.launching():
-        result, lse = _forward(call, call.resolve(), return_lse)
+        result, lse = _forward(call, call.resolve(), return_lse, tf32)
     return _results(call, out, result, lse)
 
 
 def attention_vjp(
-    q: Any, k: Any, v: Any, options: dict[str, Any], aux_grad: Any, out: Any, return_lse: bool, stream: Any
+    q: Any, k: Any, v: Any, options: dict[str, Any], aux_grad: Any, out: Any, return_lse: bool, stream: Any, tf32: bool
 ) -> tuple[Any, Any, tuple[DeviceArray, DeviceArray]]:
     """out, lse or None, and both once more for the pullback: arrays that nobody else writes to."""
     call = _enter(options, stream, q=q, k=k, v=v, out=out)
     problem = call.resolve()
     check_aux_grad(aux_grad, problem.aux)
     with call.launching():
-        result, lse = _forward(call, problem, True)
+        result, lse = _forward(call, problem, True, tf32)
         assert lse is not None
         kept = call.copied(call.given["out"] if result is None else shadow(result), problem.dtype)
         kept_lse = call.copied(shadow(lse), lse.dtype) if return_lse else lse
     return *_results(call, out, result, lse if return_lse else None), (kept, kept_lse)
 
 
-def _forward(call: _Call, problem: plan.Problem, want_lse: bool) -> tuple[DeviceArray | None, DeviceArray | None]:
+def _forward(
+    call: _Call, problem: plan.Problem, want_lse: bool, tf32: bool
+) -> tuple[DeviceArray | None, DeviceArray | None]:
     """out, None where the caller brought one, and lse."""
     from . import launch
 
@@ -170,7 +172,7 @@ def _forward(call: _Call, problem: plan.Problem, want_lse: bool) -> tuple[Device
     if want_lse:
         lse = call.empty(plan.lse_shape(problem), problem.acc)
         lse_view = plan.bhsd_view(shadow(lse), problem.layout)
-    launch.attention(problem, view, lse_view, call.stream, True, call.device)
+    launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32)
     return result, lse
 
 
@@ -193,6 +195,7 @@ def attention_backward(
     options: dict[str, Any],
     aux_grad: Any,
     stream: Any,
+    tf32: bool,
 ) -> Gradients:
     """api.attention_backward with arrays on a GPU."""
     call = _enter(options, stream, q=q, k=k, v=v, dout=dout, out=out, lse=lse, dlse=dlse)
@@ -213,7 +216,7 @@ def attention_backward(
     with call.launching():
         dbias, dslopes, daux, dsinks = launch.attention_backward(
             problem, out_view, lse_view, dout_view, dlse_view, dq_view, dk_view, dv_view, bias_shape, slopes_shape,
-            asked, call.stream, True, call.device,
+            asked, call.stream, True, call.device, tf32=tf32,
         )  # fmt: skip
         rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
         tables = tuple(call.gradient(x, f"aux[{n}]") for n, x in enumerate(daux))

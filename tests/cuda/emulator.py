@@ -214,6 +214,10 @@ class EmulatedDevice:
         if run.msgs and not self.collect:
             raise AssertionError(f"{function.name}, {grid} blocks of {threads} threads:\n{run.report()}")
 
+    def kernels(self) -> list[str]:
+        """The PTX of what was loaded."""
+        return [ptx for ptx, _ in self._kernels]
+
     # -------------------------------------------------- memory
 
     def empty(self, nbytes: int, stream: int) -> driver.Memory:

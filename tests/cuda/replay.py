@@ -66,16 +66,13 @@ class Recorder(emulator.EmulatedDevice):
 
 
 @contextlib.contextmanager
-def recording(cc: tuple[int, int] = (8, 0), tf32: bool = False, **options: Any) -> Iterator[Recorder]:
-    """Calls inside run on a Recorder. tf32: float32 by the kernels that use tensor cores."""
-    choose, known = launch.choose, set(launch._functions)
-    if tf32:
-        launch.choose = functools.partial(tiling.choose, tf32=True)
+def recording(cc: tuple[int, int] = (8, 0), **options: Any) -> Iterator[Recorder]:
+    """Calls inside run on a Recorder."""
+    known = set(launch._functions)
     try:
         with driver.use(Recorder(cc, **options)) as device:
             yield device
     finally:
-        launch.choose = choose
         for key in set(launch._functions) - known:  # they would keep the device
             del launch._functions[key]
 
@@ -318,8 +315,8 @@ def profile(what: str, dtype: str, dim: int, tf32: bool = False) -> dict[str, di
         heads = rows if what == "decode" else 1
         q, dout = (rng.standard_normal((1, heads, shape[0], dim)).astype(numpy_type) for _ in range(2))
         k, v = (rng.standard_normal((1, 1, shape[1], dim)).astype(numpy_type) for _ in range(2))
-        with recording(tf32=tf32, profile=True, async_late=False) as device:
-            _, pullback = na.attention_vjp(q, k, v, backend="cuda")
+        with recording(profile=True, async_late=False) as device:
+            _, pullback = na.attention_vjp(q, k, v, backend="cuda", tf32=tf32)
             if what not in ("forward", "decode"):
                 pullback(dout)
         wanted = "forward" if what == "decode" else name
