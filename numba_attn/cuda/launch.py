@@ -247,7 +247,7 @@ class Call:
         """Launch a kernel with this call's numbers."""
         if grid <= 0:
             return
-        function = _function(self.device, build, t, f, bounds(build, t, threads), more)
+        function = _function(self.device, build, t, f, bounds(build, t, threads, more), more)
         fields = [self.numbers.get(name, 0) for name in f.fields]
         reals = [self.reals[name] for name in REALS]
         params = struct.pack(f"<{len(fields)}q{len(reals)}d", *fields, *reals)
@@ -315,14 +315,19 @@ def check(problem: Problem, device: Any) -> None:
         )
 
 
-def bounds(build: Callable[..., Any], t: Tiling | None, threads: int) -> int | tuple[int, int]:
+def bounds(
+    build: Callable[..., Any], t: Tiling | None, threads: int, more: tuple[Any, ...] = ()
+) -> int | tuple[int, int]:
     """The launch bounds of a kernel: threads of a block, or those and the blocks for which a multiprocessor must have
     registers at least. Where nothing is said, ptxas may save registers for more blocks than shared memory allows, and
-    spill for them: so it did for dQ on sm_100 and sm_120, and for these sums."""
+    spill for them: so it did for dQ on sm_100 and sm_120, for decode (forward with split keys, in more) in float64 on
+    sm_80 and sm_90, and for these sums."""
     if build in (sums.build_bias, sums.build_aux):
         return threads, 1
     if build is backward.build_queries and t is not None:
         return threads, 3 if t.size == 2 and max(t.qk_dim, t.v_dim) <= 64 else REGISTERS // (256 * threads)
+    if build is forward.build and more:
+        return threads, REGISTERS // (256 * threads)
     return threads
 
 

@@ -135,8 +135,10 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     def tile_of(name: str, memory: Any) -> Any:
         return tiling.choose(name, storage, kernel.dim, kernel.dim, memory, limit, kernel.dtype == "tf32")
 
-    def done(make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None, build: Any = None) -> Built:
-        return Built(make, signature(f.fields), threads, shared, t, launch.bounds(build, t, threads))
+    def done(
+        make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None, build: Any = None, more: Any = ()
+    ) -> Built:
+        return Built(make, signature(f.fields), threads, shared, t, launch.bounds(build, t, threads, more))
 
     options = dict(FEATURES[kernel.variant])
     backwards = kernel.what not in ("forward", "decode")
@@ -152,7 +154,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         return t and done(lambda: forward.build(t, f), f, t.threads, forward.memory(t)["size"], t)
     if what == "decode":
         t, f = tile_of("decode", forward.memory), replace(f, extra=decode.EXTRA)
-        return t and done(lambda: forward.build(t, f, decode.KEYS), f, t.threads, forward.memory(t)["size"], t)
+        build, more, shared = forward.build, (decode.KEYS,), t and forward.memory(t)["size"]
+        return t and done(lambda: build(t, f, *more), f, t.threads, shared, t, build, more)
     if what == "merge":
         t = tiling.choose("decode", storage, 64, 64, forward.memory, limit)
         f = Features(extra=decode.EXTRA)
@@ -312,11 +315,17 @@ def trip(t: Any, loop: Any, n: int) -> tuple[Counter[str], float]:
     # sass.busy would leave out a loop that was unrolled much less than another.
     busy = [x for x in inner if sass.amount(x.own, useful) >= 2 and sass.amount(x.own, "LDS" if not t.mma else useful)]
     # A product of P with more columns than tiling.CHUNK is several loops, each a part of it, behind those of A B'.
-    parts = 1 if t.mma else max(1, t.output(t.v_dim).size // len(t.scores.rows) // CHUNK)
+    columns = 0 if t.mma else t.output(t.v_dim).size // len(t.scores.rows)
+    parts = [min(CHUNK, columns - first) / columns for first in range(0, columns, CHUNK)] or [1.0]
+
+    def shares(whole: int) -> list[float]:
+        """Of a product, for each busy loop, if so many are whole products."""
+        return [1.0 if m < whole else parts[(m - whole) % len(parts)] for m in range(len(busy))]
+
     outside = sass.amount(loop.counts(lambda x: 0 if x in busy else 1), useful)
-    missing = [abs(outside + one * (whole + (len(busy) - whole) / parts) - n * one) for whole in range(len(busy) + 1)]
-    whole = len(busy) if parts == 1 else missing.index(min(missing))
-    trips = {x: one / (1 if m < whole else parts) / sass.amount(x.own, useful) for m, x in enumerate(busy)}
+    missing = [abs(outside + one * sum(shares(whole)) - n * one) for whole in range(len(busy) + 1)]
+    whole = len(busy) if len(parts) == 1 else missing.index(min(missing))
+    trips = {x: one * share / sass.amount(x.own, useful) for x, share in zip(busy, shares(whole), strict=True)}
     counts = loop.counts(lambda x: trips.get(x, 1))
     if (there := sass.amount(counts, "LDGSTS")) < (needed := tile_bytes(t) / 16 / t.threads):
         counts["LDGSTS.E.BYPASS.128"] += needed - there

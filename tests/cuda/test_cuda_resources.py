@@ -22,11 +22,15 @@ QUICK = {
     ("keys f32 64",): ("sm_80", "sm_120"),
 }
 
-# What is not as it should be today, at the most: (target, kernel): bytes spilled.
-SPILLS = {("sm_100", "queries f16 64"): 24, ("sm_120", "queries f64 64"): 80}
-# The least part of products among the instructions of the main loop: half, but in float64 at head sizes where a thread
-# has so few scores that it loads one or two numbers for each product.
-SHARE, SHARE_F64 = 0.5, 0.38
+# The least part of products among the instructions of the main loop: half. In float64 a thread loads a number for each
+# product where shared memory holds few rows: large heads, and the 99 KB of devices whose DFMAs take 30 times as long as
+# everything else; and decode of small heads spends it on exp2.
+SHARE, SHARE_F64 = 0.5, 0.42
+
+
+def least_share(kernel: Kernel, cc: tuple[int, int]) -> float:
+    large = kernel.dim > 128 or ladder.SHARED[cc] < 100 or kernel.what == "decode"
+    return SHARE_F64 if kernel.dtype == "f64" and large else SHARE
 
 
 def kernel_of(name: str) -> Kernel:
@@ -36,10 +40,8 @@ def kernel_of(name: str) -> Kernel:
 def check(target: str, name: str, row: dict) -> None:  # type: ignore[type-arg]
     """What must be so of every kernel, whatever the table says."""
     kernel, cc = kernel_of(name), ladder.TARGET[target]
-    spilled = SPILLS.get((target, name), 0)
-    assert row["spills"] <= spilled, f"{row['spills']} bytes spilled"
-    if not spilled:
-        assert row["stack"] == 0 and row["local"] == 0, f"stack {row['stack']}, {row['local']} local accesses"
+    assert row["spills"] == 0, f"{row['spills']} bytes spilled"
+    assert row["stack"] == 0 and row["local"] == 0, f"stack {row['stack']}, {row['local']} local accesses"
     assert row["registers"] <= 255 and row["blocks"] >= 1
     assert row["bytes"] <= ladder.SHARED[cc] * 1024
     if not kernel.what.startswith(TILES):
@@ -56,8 +58,7 @@ def check(target: str, name: str, row: dict) -> None:  # type: ignore[type-arg]
         assert row["LDS128"] and not row["HMMA"] and not row["LDSM"]
         assert row["useful"] == ("DFMA" if kernel.dtype == "f64" else "FFMA")
         if not kernel.variant and kernel.what in ladder.PRODUCTS and kernel.what != "aux":
-            least = SHARE_F64 if kernel.dtype == "f64" and kernel.dim > 64 else SHARE
-            assert row["share"] >= least, f"{row['share']:.0%} of the main loop is products"
+            assert row["share"] >= least_share(kernel, cc), f"{row['share']:.0%} of the main loop is products"
     if kernel.what in ladder.PRODUCTS and not kernel.variant and kernel.what != "aux":
         # besides the tile's own products only exp2 in float64 and rescaling count as useful
         most = 1.7 if kernel.dtype == "f64" else 1.3  # exp2 of float64 is DFMAs too, many beside a head size of 32
