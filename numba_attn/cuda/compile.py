@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numba_cuda
+
+if numba.config.ENABLE_CUDASIM:
+    raise RuntimeError(
+        "NUMBA_ENABLE_CUDASIM is set, and the kernels here are made of instructions that Numba's simulator does not "
+        "have: unset it for backend='cuda'"
+    )
+
 from numba import cuda
 from numba.cuda import cgutils, libdevice, types
 from numba.cuda.compiler import compile_cuda

@@ -305,6 +305,25 @@ def test_import_is_light():
 
 
 @pytest.mark.processes
+def test_numbas_simulator_is_refused():
+    """Its settings are the whole process's, and it has none of the instructions that the kernels are made of."""
+    done = run_python(
+        "import os, sys\n"
+        "sys.path.insert(0, os.path.join(sys.argv[1], 'cuda'))\n"
+        "import emulator, numpy as np, numba_attn as na\n"
+        "from numba_attn.cuda import driver\n"
+        "q = np.zeros((1, 1, 4, 8), np.float32)\n"
+        "na.attention(q, q, q)\n"
+        "try:\n"
+        "    with driver.use(emulator.EmulatedDevice()): na.attention(q, q, q, backend='cuda')\n"
+        "except RuntimeError as error: print(error)",
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        env={"NUMBA_ENABLE_CUDASIM": "1"},
+    )
+    assert done.stdout.startswith("NUMBA_ENABLE_CUDASIM is set, and the kernels")
+
+
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork():
     """The child says that it cannot go on, and frees nothing of its parent."""
