@@ -305,6 +305,7 @@ def test_import_is_light():
 
 
 @pytest.mark.processes
+@pytest.mark.skipif(cuda_compile is None, reason="no numba-cuda")
 def test_numbas_simulator_is_refused():
     """Its settings are the whole process's, and it has none of the instructions that the kernels are made of."""
     done = run_python(
