@@ -21,7 +21,9 @@ import numpy as np
 from ..arrays import FLOAT_NAMES, Array
 from . import driver
 
+PER_THREAD = 2  # the handle of each thread's default stream
 CUDA, CUDA_MANAGED = 2, 13  # DLDeviceType
+PER_THREAD = 2  # the handle of every thread's own default stream
 
 _LIBRARIES = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba": "numba", "numba_cuda": "numba"}
 _NAMES = {"torch": "torch", "cupy": "CuPy", "jax": "JAX", "numba": "Numba"}
@@ -403,7 +405,8 @@ def hold(inputs: Mapping[str, Input]) -> None:
 
 
 def _now(x: Input) -> int:
-    return resolve_stream(None, x.kind, x.device)
+    with driver.current(x.device).active():
+        return resolve_stream(None, x.kind, x.device)
 
 
 # ---------------------------------------------------------------- results
@@ -533,17 +536,22 @@ def hand_over(array: DeviceArray, kind: str) -> Any:
     if that is another one, and JAX takes an array for complete as soon as it has it.
     """
     library = sys.modules.get("numba.cuda" if kind == "numba" else kind) if kind else None
+    memory = array.memory
+    # Memory is freed in the order of its stream. JAX's streams are its own affair; of Numba's arrays and ours nobody
+    # tells where they are used, which only the legacy default stream waits for; a thread's default stream, 2, is
+    # another one in another thread.
+    memory.settle = kind == "jax" or int(memory.stream) not in (0, 1)
     if library is None:
         return array
-    if kind == "numba":
-        return library.from_cuda_array_interface(_numba_interface(array), owner=array, sync=False)
-    if kind == "jax":
-        array.memory.settle = True  # JAX's streams are its own affair
-        return importlib.import_module("jax.dlpack").from_dlpack(array)
-    with array.memory.device.active():
+    with memory.device.active():
+        if kind == "numba":
+            return library.from_cuda_array_interface(_numba_interface(array), owner=array, sync=False)
+        if kind == "jax":
+            return importlib.import_module("jax.dlpack").from_dlpack(array)
         taken = library.from_dlpack(array)
-    # What the library does with it, and the end of it, is in the order of this stream, which waits for ours.
-    array.memory.stream = resolve_stream(None, kind, array.memory.device.index)
+        # What the library does with it, and the end of it, is in the order of this stream, which waits for ours.
+        memory.stream = resolve_stream(None, kind, memory.device.index)
+        memory.settle = int(memory.stream) == PER_THREAD
     return taken
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -71,6 +73,13 @@ __all__ = [
 inline = cuda.jit(device=True, inline="always")
 
 
+@functools.cache
+def _nvvm() -> str:
+    """Which NVVM library compiles: CUDA 12's and 13's write versions of PTX that the other one's drivers may refuse."""
+    path = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvvm").abs_path
+    return f"{os.path.basename(path)} {os.path.getsize(path)}" if path else ""
+
+
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Compiling makes millions of objects that stay until its end: looking through them takes a quarter of the time."""
@@ -97,7 +106,7 @@ def kernel_ptx(
     """
     path = None
     if key is not None and (folder := cache_folder()) is not None:
-        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {cc} {bounds} {key}"
+        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {_nvvm()} {cc} {bounds} {key}"
         path = Path(folder) / f"cuda-{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.ptx"
         with contextlib.suppress(OSError, ValueError):
             digest, _, ptx = path.read_text().partition("\n")

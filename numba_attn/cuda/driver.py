@@ -46,6 +46,7 @@ POOL_KEEPS = 1 << 30
 SMALL = 64 * 1024
 
 _NOT_INITIALIZED, _OUT_OF_MEMORY, _NOT_READY = 3, 2, 600  # CUresult
+_CAPTURE = range(900, 909)  # a call that the capture of a graph does not allow
 
 _lock = threading.Lock()
 _devices: dict[int, Device] = {}
@@ -196,7 +197,8 @@ class Memory:
 
     def __init__(self, device: Any, address: int, nbytes: int, stream: int) -> None:
         self.device, self.address, self.nbytes, self.stream = device, address, nbytes, stream
-        self.settle = False  # used by streams that are not known here: wait for the whole device before it is freed
+        # Used by streams that are not known here, or whose own is gone by then: wait for the device before it is freed.
+        self.settle = False
 
     def __del__(self) -> None:
         # At exit, in a forked child and after an error of the device there is nothing to free, and nobody to tell.
@@ -238,6 +240,8 @@ class Device:
     multiprocessors : int
     total_memory : int
         Bytes.
+    ordered : bool
+        Whether memory is freed in the order of its stream, so that it may be dropped while kernels use it.
     """
 
     def __init__(self, index: int, cu: Any) -> None:
@@ -264,6 +268,7 @@ class Device:
         self._held: deque[tuple[Any, Any]] = deque()
         with self.active():
             self._pool = self._make_pool() if attribute("MEMORY_POOLS_SUPPORTED") else None
+        self.ordered = self._pool is not None
 
     def __repr__(self) -> str:
         return f"<CUDA device {self.index}: {self.name}>"
@@ -430,29 +435,22 @@ class Device:
         cu = self._cu
         entered = self._enter()
         try:
+            stream = memory.stream
             if memory.settle:
                 cu.cuCtxSynchronize()
+                stream = 0
             if self._pool is None:
-                cu.cuStreamSynchronize(memory.stream)
+                cu.cuStreamSynchronize(stream)
                 cu.cuMemFree(memory.address)
             else:
-                cu.cuMemFreeAsync(memory.address, memory.stream)
+                cu.cuMemFreeAsync(memory.address, stream)
         finally:
             self._leave(entered)
 
     def upload(self, array: Array, stream: int) -> Memory:
-        """A copy of a NumPy array in C order. The array may be changed as soon as this returns.
-
-        Raises
-        ------
-        RuntimeError
-            While the stream is being captured into a graph, which would read the array again when it is replayed.
-        """
+        """A copy of a NumPy array in C order. The array may be changed as soon as this returns."""
         cu = self._cu
         with self.active():
-            capture = _check(cu, cu.cuStreamIsCapturing(stream), "copying an array to the device")
-            if capture != cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-                raise RuntimeError("a NumPy array cannot be used while a stream is being captured: pass a device array")
             memory = self.empty(array.nbytes, stream)
             if array.nbytes == 0:
                 return memory
@@ -504,6 +502,17 @@ class Device:
         self._call(f"waiting for {self.name}", self._cu.cuStreamSynchronize, stream)
         self._let_go()
 
+    def refuse_capture(self, stream: int) -> None:
+        """RuntimeError while the stream is being captured into a graph: every call has a few numbers of its own on the
+        device, copied from host memory that is gone when the graph is replayed."""
+        cu = self._cu
+        status = self._call("asking whether a stream is captured", cu.cuStreamIsCapturing, stream)
+        if status != cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+            raise RuntimeError(
+                "the stream is being captured into a CUDA graph, and calls of this package cannot be part of one: call "
+                "it outside the capture"
+            )
+
     def wait(self, stream: int, other: int) -> None:
         """What is put on `stream` from now on starts after what is on `other` now."""
         if (stream or 1) == (other or 1):  # 0 and 1 both name the legacy default stream
@@ -547,16 +556,27 @@ class Device:
     def _let_go(self) -> None:
         # A deque's ends are safe to use from many threads, and from a finaliser that runs inside this very function,
         # where a lock would not be.
-        cu = self._cu
         while self._held:
             try:
                 event, thing = self._held.popleft()
             except IndexError:  # another thread was faster
                 return
-            if cu.cuEventQuery(event)[0] == _NOT_READY:
+            error = self._query(event)
+            if error == _NOT_READY or error in _CAPTURE:
                 self._held.appendleft((event, thing))
                 return
-            cu.cuEventDestroy(event)
+            self._cu.cuEventDestroy(event)
+
+    def _query(self, event: Any) -> int:
+        """The error of cuEventQuery. While another thread captures a graph (torch.cuda.graph) the query would be an
+        error here, and the end of that capture, if this thread did not say that it knows what it does."""
+        cu = self._cu
+        error, mode = cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            return int(cu.cuEventQuery(event)[0])
+        finally:
+            if error == 0:
+                cu.cuThreadExchangeStreamCaptureMode(mode)
 
 
 def kernel_name(ptx: str, name: str | None = None) -> str:
@@ -591,7 +611,10 @@ def _assemble(ptx: str, cc: tuple[int, int]) -> tuple[bytes | None, str]:
         link.version()  # the library itself is loaded by the first call
     except Exception as error:
         return None, f"nvJitLink: {error}"
-    handle = link.create(1, [f"-arch=sm_{cc[0]}{cc[1]}"])
+    try:
+        handle = link.create(1, [f"-arch=sm_{cc[0]}{cc[1]}"])
+    except link.nvJitLinkError as error:  # a device newer than the library
+        return None, f"nvJitLink: {error}"
     try:
         text = ptx.encode()
         link.add_data(handle, int(link.InputType.PTX), text, len(text), "kernel.ptx")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STORAGE = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 OLDEST = (8, 0)  # asynchronous copies and the tensor-core instructions begin here
 OPEN = 2**62  # plan's mark of a window that is open on a side
+MOST_ROWS = 2**32 - 1  # of the result
 MOST_POSITIONS = 2**30  # queries and keys of a sequence are counted in 32 bits inside a tile
 
 
@@ -61,6 +62,8 @@ class Call:
         self.problem, self.device, self.stream, self.on_device = problem, device, stream, on_device
         self.tf32 = tf32
         check(problem, device)
+        if not on_device:  # else asked before there were results
+            device.refuse_capture(stream)
         self.storage = STORAGE[problem.dtype.name]
         self.acc = "f64" if self.storage == "f64" else "f32"
         self.keep: list[Any] = []
@@ -223,11 +226,11 @@ class Call:
         return host
 
     def finish(self) -> None:
-        """Results are there, or their memory is kept until the stream has come to its end."""
-        if self.on_device:
-            self.device.hold(self.keep, self.stream)
-        else:
+        """Results are there, or what the kernels use is kept until the stream has come to its end."""
+        if not self.on_device:
             self.device.synchronize(self.stream)
+        elif not self.device.ordered:
+            self.device.hold(self.keep, self.stream)
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
@@ -309,6 +312,11 @@ def check(problem: Problem, device: Any) -> None:
             f"q has head size {problem.qk_dim} and v {problem.v_dim}; the CUDA kernels take up to {LARGEST}: "
             "backend='cpu' takes any"
         )
+    if problem.batch * problem.q_heads * problem.q_len > MOST_ROWS:
+        raise ValueError(
+            f"q has {problem.batch} x {problem.q_heads} x {problem.q_len} queries; the CUDA kernels take up to 2**32 - "
+            "1: split the batch"
+        )
     if max(problem.q_len, problem.kv_len) > MOST_POSITIONS:
         raise ValueError(
             f"q has {problem.q_len} positions and k {problem.kv_len}; the CUDA kernels take up to 2**30: backend='cpu'"
@@ -379,25 +387,33 @@ def attention(
     results = [(call.result("out", shape, p.dtype, out), out)]
     if lse is not None:
         results.append((call.result("lse", shape[:3], p.acc, lse), lse))
+    few = decode.rows_of(p) <= decode.ROWS
+    t = call.tiling("decode" if few else "forward", forward.memory)
+    tiles = call.tiles(t.rows)
+    grid = tiles * p.kv_heads * len(p.sequences)
+    if grid > driver.MAX_GRID:
+        raise ValueError(
+            f"mask has {len(p.sequences)} sequences, the longest of {int(p.sequences[:, 2].max())} queries, and k "
+            f"{p.kv_heads} heads: {grid} tiles are more than the {driver.MAX_GRID} of a launch; split the sequences by "
+            "length"
+        )
     if int(p.sequences[:, 2].sum()) < p.batch * p.q_len:
         _fill(call)
-    if decode.rows_of(p) <= decode.ROWS:
-        _decode(call)
+    if few:
+        _decode(call, t)
     else:
-        t = call.tiling("forward", forward.memory)
-        call.numbers["tiles"] = tiles = call.tiles(t.rows)
+        call.numbers["tiles"] = tiles
         f = replace(call.features, aligned=call.aligned(("q", "k", "v", "out")))
-        grid = tiles * p.kv_heads * len(p.sequences)
         call.run(forward.build, t, f, grid, t.threads, forward.memory(t)["size"])
     for result, target in results:
         call.fetch(result, target)
     call.finish()
 
 
-def _decode(call: Call) -> None:
+def _decode(call: Call, t: Tiling) -> None:
     """Few queries: the keys in parts, then the parts joined."""
     p, rows, size = call.problem, decode.rows_of(call.problem), SIZE[call.acc]
-    t = decode.with_rows(call.tiling("decode", forward.memory), rows)
+    t = decode.with_rows(t, rows)
     places, items = decode.workspace(p)
     states = len(items) * p.kv_heads * rows
     bytes_of_o = states * decode.row_bytes(t)

@@ -94,9 +94,11 @@ def _enter(options: dict[str, Any], stream: Any, **given: Any) -> _Call:
         named |= {f"aux[{n}]": x for n, x in enumerate(aux) if _is_array(x)}
 
     found = arrays.describe_all(named, stream)
-    views = {name: _aligned(shadow(x), name) for name, x in found.items()}
     first = next(iter(found.values()))
-    call = _Call(driver.current(first.device), first.stream, found, given | views, options)
+    call = _Call(driver.current(first.device), first.stream, found, {}, options)
+    call.device.refuse_capture(call.stream)
+    views = {name: _aligned(shadow(x), name) for name, x in found.items()}
+    call.given = given | views
 
     acc = np.dtype(np.float64 if views["q"].dtype == np.float64 else np.float32) if "q" in views else None
     for name in ("mask", "bias"):

@@ -138,6 +138,7 @@ class EmulatedDevice:
     """
 
     total_memory = 1 << 30
+    ordered = True
 
     def __init__(
         self,
@@ -273,6 +274,9 @@ class EmulatedDevice:
 
     def hold(self, thing: Any, stream: int) -> None:
         self.calls.append(("hold", int(stream)))
+
+    def refuse_capture(self, stream: int) -> None:
+        self.calls.append(("refuse_capture", int(stream)))
 
 
 _parsed: dict[tuple[str, str], Any] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,7 @@ STORED = Path(__file__).with_name("resources.json")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB a block can have
 DIMS = (64, 128, 256, 32, 96, 192)
+PROFILED = {"a100": "sm_80", "h100": "sm_90"}
 TARGET = {f"sm_{a}{b}": (a, b) for a, b in TARGETS}
 
 
@@ -344,9 +346,9 @@ def stored() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def wavefronts() -> dict[str, dict[str, Any]]:
-    """kernel -> what `profile` found."""
-    found: dict[str, dict[str, Any]] = json.loads(STORED.read_text())["shared"]
+def wavefronts() -> dict[str, dict[str, dict[str, Any]]]:
+    """target -> kernel -> what `profile` found."""
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(STORED.read_text())["shared"]
     return found
 
 
@@ -358,7 +360,10 @@ def write(targets: dict[str, dict[str, dict[str, Any]]], shared: dict[str, Any])
         body = [f"{json.dumps(name)}: {json.dumps([row[c] for c in COLUMNS])}" for name, row in sorted(rows.items())]
         lines.append(",\n".join(body) + ("}" if m == len(targets) - 1 else "},"))
     lines.append('},\n"shared": {')
-    lines.append(",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(shared.items())))
+    for m, (target, rows) in enumerate(shared.items()):
+        lines.append(f'"{target}": {{')
+        body = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(rows.items())]
+        lines.append(",\n".join(body) + ("}" if m == len(shared) - 1 else "},"))
     lines.append("}}")
     STORED.write_text("\n".join(lines) + "\n")
 
@@ -400,18 +405,17 @@ def without_names(ptx: str) -> str:
 # --------------------------------------------------------------------------------------------------- the shared memory
 
 
-def profile(kernel: Kernel) -> dict[str, Any]:
-    """replay.profile of a kernel."""
+def profile(kernel: Kernel, target: str) -> dict[str, Any]:
+    """replay.profile of a kernel, with the tile that the target's devices get."""
     import replay
 
-    found: dict[str, Any] = replay.profile(
-        kernel.what, "f32" if kernel.dtype == "tf32" else kernel.dtype, kernel.dim, kernel.dtype == "tf32"
-    )
+    dtype, tf32 = ("f32", True) if kernel.dtype == "tf32" else (kernel.dtype, False)
+    found: dict[str, Any] = replay.profile(kernel.what, dtype, kernel.dim, tf32, TARGET[target])
     return found
 
 
 def profiled() -> list[Kernel]:
-    """The kernels whose bank conflicts are in the table."""
+    """The kernels of docs/cuda.md's tables, whose bank conflicts are counted for PROFILED's targets."""
     plain = [k for k in kernels() if k.what in PRODUCTS and k.what != "aux" and not k.variant and k.dtype != "bf16"]
     return [k for k in plain if k.dim in (64, 128, 256)]
 
@@ -419,13 +423,14 @@ def profiled() -> list[Kernel]:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-def bound(row: dict[str, Any], found: dict[str, Any] | None) -> tuple[float, float, str]:
+def bound(row: dict[str, Any], found: dict[str, Any]) -> tuple[float, float, str]:
     """What part of the peak the main loop could reach with one warp in each quarter of a multiprocessor, whose
     resources then take turns, and with so many that the slowest resource never waits; and that resource. found: of
-    `profile`, which counts the shared memory's clocks better than the widths of its accesses do."""
+    `profile`, which knows that lanes share an address, as the widths of the machine code's accesses do not; these know
+    what ptxas left of the PTX's accesses."""
     clocks = {name: row[f"{name}_clocks"] for name in CYCLES}
-    if found is not None:
-        clocks["shared"] = sass.PARTITIONS * sum(took for took, _ in found["loop"].values())
+    counted = sass.PARTITIONS * sum(took for took, _ in found["loop"].values())
+    clocks["shared"] = min(clocks["shared"], counted)
     limit = max(clocks, key=lambda name: clocks[name])
     apart = [n for name, n in clocks.items() if name not in ("issue", "fp32", "imad")]
     total = sum(apart) + max(clocks["fp32"], clocks["imad"])
@@ -450,16 +455,14 @@ def tables() -> dict[str, str]:
     """The Markdown tables of docs/cuda.md, by name."""
     known, found = stored(), wavefronts()
     out = {}
-    for title, target in (("a100", "sm_80"), ("h100", "sm_90")):
+    for title, target in PROFILED.items():
         lines = [
             "| kernel | tile, threads | registers (sums) | shared, KB | blocks (limit) | products | expected | limit |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for kernel in profiled():
-            row = known[target].get(str(kernel))
-            if row is None:
-                continue
-            low, high, limit = bound(row, found.get(str(kernel)))
+            row = known[target][str(kernel)]
+            low, high, limit = bound(row, found[target][str(kernel)])
             lines.append(
                 f"| {kernel} | {row['rows']} x {row['cols']}, {row['threads']} | "
                 f"{row['registers']} ({sums_of(kernel, row)}) | "
@@ -478,15 +481,24 @@ def tables() -> dict[str, str]:
     out["spills"] = f"{count} rows; {len(spilled)} with local memory" + (
         ":\n\n" + head + "\n".join(spilled) if spilled else "."
     )
-    lines = ["| kernel | part | access | wavefronts | without conflicts |", "|---|---|---|---|---|"]
-    for name, parts in found.items():
-        for part, numbers in parts.items():
-            total = sum(took for took, _ in numbers.values())
-            for opcode, (took, ideal) in numbers.items():
-                if took > ideal:
-                    where = f"{took / total:.0%} of the loop's" if part == "loop" else "once"
-                    lines.append(f"| {name} | {where} | {opcode} | {took:g} | {ideal:g} |")
-    out["conflicts"] = "\n".join(lines) if len(lines) > 2 else "None."
+    worst, rows = 0.0, {}
+    for target, profiles in found.items():
+        for name, parts in profiles.items():
+            total, fewest = (sum(numbers[n] for numbers in parts["loop"].values()) for n in range(2))
+            worst = max(worst, total / fewest - 1)
+            for part, numbers in parts.items():
+                for opcode, (took, ideal) in numbers.items():
+                    if took > ideal:
+                        where = f"{took / total:.1%} of the loop's" if part == "loop" else "once"
+                        row = f"| {name} | {where} | {opcode} | {took:g} | {ideal:g} |"
+                        rows.setdefault(row, []).append(target)
+    head = "| kernel | part | access | wavefronts | without conflicts | target |\n|---|---|---|---|---|---|\n"
+    out["conflicts"] = (
+        f"{sum(map(len, found.values()))} kernels and targets; the most that conflicts add to a main loop's wavefronts "
+        f"is {worst:.1%}.\n\n"
+        + head
+        + "\n".join(f"{row} {', '.join(targets)} |" for row, targets in sorted(rows.items()))
+    )
     return out
 
 
@@ -523,7 +535,7 @@ def main() -> None:
                 found[target][name] = row
         print(json.dumps(found, indent=None if options.json else 1))
     rows = {target: {} for target in TARGET} | (stored() if STORED.exists() else {})
-    shared = wavefronts() if STORED.exists() else {}
+    shared = {target: {} for target in PROFILED.values()} | (wavefronts() if STORED.exists() else {})
     if options.write or options.missing:
         if options.write and not options.only:
             rows = {target: {} for target in TARGET}
@@ -536,10 +548,10 @@ def main() -> None:
                     rows[target][name] = row
                 write(rows, shared)
     if options.profile:
-        for kernel in profiled():
+        for target, kernel in itertools.product(PROFILED.values(), profiled()):
             if options.only in str(kernel):
-                shared[str(kernel)] = profile(kernel)
-                print(kernel, shared[str(kernel)], flush=True)
+                shared[target][str(kernel)] = profile(kernel, target)
+                print(target, kernel, shared[target][str(kernel)], flush=True)
                 write(rows, shared)
     if options.docs:
         DOCS.write_text(with_tables(DOCS.read_text()))

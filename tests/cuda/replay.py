@@ -19,7 +19,7 @@ import emulator
 import numpy as np
 
 import numba_attn as na
-from numba_attn.cuda import backward, driver, forward, launch, tiling
+from numba_attn.cuda import arrays, backward, convert, driver, forward, launch, tiling
 
 MEMORY = {
     "forward": forward.memory, "decode": forward.memory,
@@ -102,14 +102,18 @@ def short(name: str) -> str:
 
 
 # What a kernel writes: the dtypes of the arrays in order of their addresses ("s" the storage type, "a" the accumulation
-# type); `rows` writes both of its arrays into one.
-WRITES = {"forward": "sa", "merge": "sa", "rows": "a", "queries": "s", "keys": "ss", "decode": "aa"}
+# type, "d" float64, "i" integers, which are exact); `rows` writes both of its arrays into one.
+WRITES = {
+    "forward": "sa", "merge": "sa", "rows": "a", "queries": "s", "keys": "ss", "decode": "aa", "fill": "sa",
+    "bias": "d", "total": "a", "slopes": "d", "sinks": "d", "aux": "i", "aux_total": "d", "convert": "a",
+}  # fmt: skip
 
 
 def differs(one: Recorded, memory: list[Any], storage: np.dtype, tolerance: float) -> str | None:
     """What a replay wrote, against what was recorded: each array's largest error relative to its largest number, the
     same infinities and NaN, and nothing written elsewhere."""
-    kinds = {"s": storage, "a": np.dtype(np.float64 if storage == np.float64 else np.float32), "d": np.dtype("f8")}
+    acc = np.dtype(np.float64 if storage == np.float64 else np.float32)
+    kinds = {"s": storage, "a": acc, "d": np.dtype("f8"), "i": np.dtype("i8")}
     wrote = list(WRITES[one.what])
     for n, (before, after, now) in enumerate(zip(one.before, one.after, memory, strict=True)):
         if before is None or after is None or now is None:
@@ -122,6 +126,8 @@ def differs(one: Recorded, memory: list[Any], storage: np.dtype, tolerance: floa
             wrote = wrote[1:]
             continue
         kind = kinds[wrote.pop(0)] if wrote else kinds["a"]
+        if kind == kinds["i"]:
+            return f"allocation {n} holds other integers"
         with np.errstate(all="ignore"):
             got, want = (x.view(kind).astype(np.float64) for x in (now, after))
             same = (np.isnan(got) & np.isnan(want)) | (got == want)
@@ -173,7 +179,13 @@ class Problem:
     spread: float = 1.0
     steep: bool | str = False
     nan: tuple[str, ...] = ()
+    on_device: bool = False  # the arrays: what the host does for NumPy's, kernels do then
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def forward(self) -> dict[str, Any]:
+        """The options of the forward pass alone."""
+        return {name: x for name, x in self.options.items() if name != "aux_grad"}
 
 
 def _sinks() -> dict[str, Any]:
@@ -206,6 +218,55 @@ FEW = [
 ]  # fmt: skip
 
 
+def by_key_and_distance(s: float, b: int, h: int, i: int, j: int, by_key: np.ndarray, by_distance: np.ndarray) -> float:
+    return s + by_key[h, j] + by_distance[abs(i - j) // 8]
+
+
+def _bias(shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"bias": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+
+
+def _tables(heads: int, kv_len: int) -> dict[str, Any]:
+    rng = np.random.default_rng(2)
+    tables = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((heads, kv_len), (kv_len // 8 + 1,)))
+    return {"score_mod": by_key_and_distance, "aux": tables, "aux_grad": (0, 1)}
+
+
+# The kernels of gradients that are sums over pairs, and of queries in no sequence: kernel -> its problems.
+SUMS = {
+    "bias": [
+        Problem("bias-causal", batch=2, options={"causal": True, "align": "bottom_right", **_bias((1, 1, 37, 150))}),
+        Problem("bias-lengths", batch=2, options={"mask": na.lengths([150, 33], [37, 20]), **_bias((1, 1, 37, 150))}),
+        Problem("bias-nan", q_len=70, kv_len=100, nan=("hidden", "dout"),
+                options={"window": (20, 3), "align": "top_left", **_bias((1, 1, 70, 100))}),
+    ],
+    "slopes": [
+        Problem("slopes", batch=2, q_len=300,
+                options={"align": "top_left", "alibi_slopes": np.array([0.25, 0.5], np.float32)}),
+        Problem("slopes-batch", batch=3, q_len=20,
+                options={"align": "top_left", "alibi_slopes": np.linspace(0, 1, 6, dtype=np.float32).reshape(3, 2)}),
+    ],
+    "sinks": [
+        Problem("sinks", batch=2, q_len=300, on_device=True, options=_sinks()),
+        Problem("sinks-gaps", q_len=80, on_device=True,
+                options={"mask": na.varlen([0, 40, 70], [0, 90, 150]), **_sinks()}),
+    ],
+    "aux": [
+        Problem("aux-causal", batch=2, options={"causal": True, "align": "bottom_right", **_tables(2, 150)}),
+        Problem("aux-lengths", batch=2, nan=("hidden",), dim=56,
+                options={"mask": na.lengths([150, 33], [37, 20]), **_tables(2, 150)}),
+        Problem("aux-nan", q_len=70, kv_len=100, nan=("dout",),
+                options={"window": (20, 3), "align": "top_left", **_tables(2, 100)}),
+    ],
+    "fill": [
+        Problem("gaps", q_len=80, options={"mask": na.varlen([0, 40, 70], [0, 90, 150])}),
+        Problem("gaps-batch", batch=2, dim=56, options={"mask": na.lengths([150, 33], [37, 0])}),
+    ],
+}  # fmt: skip
+SUMS["total"], SUMS["aux_total"] = SUMS["bias"], SUMS["aux"]
+NAMED = {p.name: p for p in [*PROBLEMS, *FEW, *(p for problems in SUMS.values() for p in problems)]}
+
+
 def arrays_of(problem: Problem, dtype: str) -> tuple[np.ndarray, ...]:
     """q, k, v, dout and dlse."""
     rng = np.random.default_rng(len(problem.name) + problem.kv_len)
@@ -234,7 +295,7 @@ def poison(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: 
             probe = np.zeros_like(v)
             probe[:, :, j] = 1
             nothing = np.zeros_like(q), np.zeros_like(k)
-            seen = np.abs(na.reference.attention(*nothing, probe, **problem.options)).max(axis=(2, 3)) > 0
+            seen = np.abs(na.reference.attention(*nothing, probe, **problem.forward)).max(axis=(2, 3)) > 0
             hidden = ~seen.reshape(problem.batch, problem.heads[1], -1).any(axis=2)
             k[hidden, j] = v[hidden, j] = np.nan
     first = 32 if problem.kv_len > 96 else 0
@@ -251,16 +312,21 @@ def record(problem: Problem, dtype: str, **options: Any) -> list[Recorded]:
     poison(problem, q, k, v, dout)
     few = problem in FEW
     with recording(**options) as device:
-        (out, lse), pullback = na.attention_vjp(q, k, v, **problem.options, return_lse=True, backend="cuda")
+        own, given, back = problem.options, [q, k, v, dout, dlse], list
+        if problem.on_device:
+            own = {name: placed(x, device) if isinstance(x, np.ndarray) else x for name, x in own.items()}
+            given = [placed(x, device) for x in given]
+            back = functools.partial(map, functools.partial(fetched, device=device))
+        (out, lse), pullback = na.attention_vjp(*given[:3], **own, return_lse=True, backend="cuda")
         got = [out, lse]
         if not few:
-            grads = pullback(dout, dlse)
-            got += [grads.dq, grads.dk, grads.dv]
+            got += gradients_of(pullback(*given[3:]))
+        got = list(back(got))
     with np.errstate(all="ignore"):
-        wanted = list(na.reference.attention(q, k, v, **problem.options, return_lse=True))
+        wanted = list(na.reference.attention(q, k, v, **problem.forward, return_lse=True))
         if not few:
             grads = na.reference.attention_backward(dout, q, k, v, dlse=dlse, **problem.options)
-            wanted += [grads.dq, grads.dk, grads.dv]
+            wanted += gradients_of(grads)
         for x, want in zip(got, wanted, strict=True):
             x, y = x.astype(np.float64), np.asarray(want, np.float64)
             finite = np.isfinite(y)
@@ -269,13 +335,45 @@ def record(problem: Problem, dtype: str, **options: Any) -> list[Recorded]:
             bound = {"float16": 2e-2, "float32": 2e-4, "float64": 1e-10}[dtype] * np.abs(y[finite]).max(initial=1.0)
             assert worst <= bound, f"{problem.name}: off by {worst:.2g}, allowed {bound:.2g}"
     for one in device.recorded:
-        one.what = "decode" if few and short(one.name) == "forward" else short(one.name)
+        one.what = short(one.name)
+        if few and one.what == "forward":
+            one.what = "decode"
+        if one.what == "heads":
+            one.what = "slopes" if "alibi_slopes" in problem.options else "sinks"
+    return device.recorded
+
+
+def placed(x: np.ndarray, device: Any) -> arrays.DeviceArray:
+    return arrays.DeviceArray(x.shape, x.dtype, device.upload(x, 0))
+
+
+def fetched(x: arrays.DeviceArray, device: Any) -> np.ndarray:
+    host = np.empty(x.shape, x.dtype)
+    device.download(x.address, host, 0)
+    return host
+
+
+def gradients_of(grads: Any) -> list[np.ndarray]:
+    found = [grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks, grads.dalibi_slopes, *(grads.daux or ())]
+    return [x for x in found if x is not None]
+
+
+def record_convert() -> list[Recorded]:
+    """A copy of an array whose axes do not follow on each other, into another type."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 7, 100)).astype(np.float16)
+    with recording() as device:
+        there = placed(x, device)
+        result = convert.converted(arrays.shadow(there)[::2, 1:, ::-3], np.dtype(np.float32), device, 0)
+        assert (fetched(result, device) == x[::2, 1:, ::-3]).all()
+    for one in device.recorded:
+        one.what = "convert"
     return device.recorded
 
 
 @functools.cache
 def recorded(name: str, dtype: str) -> list[Recorded]:
-    return record(next(p for p in PROBLEMS + FEW if p.name == name), dtype)
+    return record_convert() if name == "convert" else record(NAMED[name], dtype)
 
 
 Runs = dict[str, Callable[[str], str | None]]
@@ -285,17 +383,19 @@ def runs_of(what: str, dtype: str, names: Iterable[str] | None = None) -> tuple[
     """The PTX of a kernel, and its runs: every problem, then with copies that land at once or warps in random order."""
     first, then, ptx = {}, {}, None
     if names is None:
-        names = [p.name for p in (FEW if what in ("decode", "merge") else PROBLEMS)]
+        chosen = FEW if what in ("decode", "merge") else SUMS.get(what, PROBLEMS)
+        names = ["convert"] if what == "convert" else [p.name for p in chosen]
     for n, name in enumerate(names):
-        for one in recorded(name, dtype):
-            if one.what == what:
-                assert ptx in (None, one.ptx), f"{name} has another {what} kernel"
-                ptx = one.ptx
-                first[name] = run_of(one, dtype)
-                if n % 2:
-                    then[f"{name} early"] = run_of(one, dtype, async_late=False)
-                else:
-                    then[f"{name} random"] = run_of(one, dtype, schedule="random", seed=n)
+        mine = [one for one in recorded(name, dtype) if one.what == what]
+        for m, one in enumerate(mine):  # aux has two
+            assert ptx in (None, one.ptx), f"{name} has another {what} kernel"
+            ptx = one.ptx
+            title = f"{name} {m}" if len(mine) > 1 else name
+            first[title] = run_of(one, dtype)
+            if n % 2:
+                then[f"{title} early"] = run_of(one, dtype, async_late=False)
+            else:
+                then[f"{title} random"] = run_of(one, dtype, schedule="random", seed=n)
     assert ptx is not None
     return ptx, first | then
 
@@ -303,14 +403,16 @@ def runs_of(what: str, dtype: str, names: Iterable[str] | None = None) -> tuple[
 # -------------------------------------------------------------------------------------------------------- the profile
 
 
-def profile(what: str, dtype: str, dim: int, tf32: bool = False) -> dict[str, dict[str, list[float]]]:
+def profile(
+    what: str, dtype: str, dim: int, tf32: bool = False, cc: tuple[int, int] = (8, 0)
+) -> dict[str, dict[str, list[float]]]:
     """Wavefronts of shared memory that a warp needs, and the fewest for as many accesses: {"loop": {opcode:
     [wavefronts, ideal]}, "once": ...}, for each tile of the main loop, and for all that is outside it.
 
     Full attention of one tile of rows with one tile of columns, then with three more. Asynchronous copies are in it.
     """
     numpy_type = {"f16": "float16", "f32": "float32", "f64": "float64"}[dtype]
-    with recording() as device:
+    with recording(cc) as device:
         name = "keys" if what.startswith("keys") else what
         t = tiling.choose(name, dtype, dim, dim, MEMORY[name], device.shared_limit, tf32)
         assert t is not None
@@ -322,7 +424,7 @@ def profile(what: str, dtype: str, dim: int, tf32: bool = False) -> dict[str, di
         heads = rows if what == "decode" else 1
         q, dout = (rng.standard_normal((1, heads, shape[0], dim)).astype(numpy_type) for _ in range(2))
         k, v = (rng.standard_normal((1, 1, shape[1], dim)).astype(numpy_type) for _ in range(2))
-        with recording(profile=True, async_late=False) as device:
+        with recording(cc, profile=True, async_late=False) as device:
             _, pullback = na.attention_vjp(q, k, v, backend="cuda", tf32=tf32)
             if what not in ("forward", "decode"):
                 pullback(dout)

@@ -681,7 +681,9 @@ def test_hand_over(device, monkeypatch):
         monkeypatch.setitem(sys.modules, kind, library)
         assert arrays.hand_over(result, kind) == (kind, result)
         assert result.memory.stream == stream  # where the library will use it last
-    assert not result.memory.settle
+        assert not result.memory.settle
+    library.cuda.get_current_stream = lambda: SimpleNamespace(ptr=arrays.PER_THREAD)
+    assert arrays.hand_over(result, "cupy") and result.memory.settle  # dropped in another thread, it is another stream
     result.memory.stream = 4
     library = ModuleType("jax.dlpack")
     library.from_dlpack = lambda x: ("jax", x)
@@ -695,6 +697,12 @@ def test_hand_over(device, monkeypatch):
     told, owner, sync = arrays.hand_over(result, "numba")
     assert owner is result and sync is False
     assert told == result.__cuda_array_interface__ | {"typestr": np.dtype("f4")}
+    for stream in (0, 1, 2, 4):
+        for kind in ("numba", ""):
+            mine = arrays.empty((2,), np.dtype("f4"), device, stream)
+            told = arrays.hand_over(mine, kind)
+            assert mine.memory.settle == (stream > 1), "read on a stream that nobody told us of, and then dropped"
+        assert (told is mine) == (kind == "")
     told, _, _ = arrays.hand_over(arrays.empty((2,), np.dtype("f4"), device, 0), "numba")
     assert told["stream"] is None  # the default stream of Numba too
 

@@ -6,7 +6,6 @@ is meant where none is named. A few small rows run always; all rows, and all row
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,8 +18,8 @@ import emulator
 import test_attention
 import test_backward
 from cases import CASES, DTYPES, Case, build, seed_of
+from defaults import cuda_by_default
 
-import numba_attn as na
 from numba_attn.cuda import driver
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
@@ -57,9 +56,7 @@ def emulated(case: Case, test: str) -> Iterator[emulator.EmulatedDevice]:
     """An emulated device, and "cuda" for the backend of calls that name none."""
     devices = OTHERS if "-as-" in case.name else DEVICES
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("attention", "attention_vjp", "attention_backward"):
-            patch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
-        patch.setattr(test_backward, "HALF_WEIGHTS", True)
+        cuda_by_default(patch)
         with driver.use(emulator.EmulatedDevice(devices[case.dtype], **way(case, test))) as device:
             yield device
 

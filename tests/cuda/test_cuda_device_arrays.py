@@ -18,6 +18,8 @@ from numba_attn.cuda import arrays, driver
 
 pytest.importorskip("numba_cuda")
 
+from numba_attn.cuda import launch
+
 try:
     import ml_dtypes
 
@@ -716,3 +718,85 @@ def test_converted(device):
             for target in dtypes if y is base else dtypes[1:2]:
                 found = convert.converted(arrays.shadow(given), target, device, 0)
                 assert np.array_equal(found.copy_to_host(), y.astype(target)), (source, target, y.shape)
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_head_sizes_have_a_limit(device):
+    for dims in ((257, 8), (8, 257)):
+        q, k, v = random(1, 1, 3, dims[0]), random(1, 1, 5, dims[0]), random(1, 1, 5, dims[1])
+        with pytest.raises(
+            ValueError, match=rf"q has head size {dims[0]} and v {dims[1]}; .* up to 256: backend='cpu'"
+        ):
+            na.attention(*(on(device, x) for x in (q, k, v)))
+        with pytest.raises(ValueError, match=r"up to 256: backend='cpu'"):
+            na.attention(q, k, v, backend="cuda")
+
+
+def test_old_devices(monkeypatch):
+    old = EmulatedDevice()
+    old.cc = (7, 5)
+    with (
+        driver.use(old),
+        pytest.raises(ValueError, match=r"compute capability 7.5; .* 8.0 \(Ampere\) or later: backend='cpu'"),
+    ):
+        na.attention(*qkv(), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((1, 1, 2**30 + 1, 5), r"q has 1073741825 positions and k 5; .* 2\*\*30: backend='cpu'"),
+        ((1, 1, 5, 2**30 + 1), r"q has 5 positions and k 1073741825"),
+        ((4, 2**10, 2**20, 5), r"q has 4 x 1024 x 1048576 queries; .* 2\*\*32 - 1: split the batch"),
+    ],
+)
+def test_numbers_of_32_bits(sizes, message):
+    fields = dict(zip(("batch", "q_heads", "q_len", "kv_len"), sizes, strict=True))
+    problem = SimpleNamespace(qk_dim=8, v_dim=8, **fields)
+    with pytest.raises(ValueError, match=message):
+        launch.check(problem, EmulatedDevice())
+    launch.check(SimpleNamespace(qk_dim=8, v_dim=8, batch=1, q_heads=1, q_len=2**30, kv_len=2**30), EmulatedDevice())
+
+
+def test_too_many_tiles(device, monkeypatch):
+    """Said before anything is written."""
+    monkeypatch.setattr(driver, "MAX_GRID", 7)
+    q, k, v = qkv("shd")[0][:18], *(x[:18] for x in qkv("shd")[1:])
+    out = on(device, np.full((18, HQ, D), 7, np.float32))
+    mask = na.varlen(list(range(0, 17, 4)), list(range(0, 17, 4)))
+    arrays_there = [on(device, x) for x in (q, k, v)]
+    with pytest.raises(
+        ValueError, match=r"mask has 4 sequences, the longest of 4 queries, and k 2 heads: 8 tiles are more"
+    ):
+        na.attention(*arrays_there, mask=mask, layout="shd", out=out)
+    assert (out.numpy() == 7).all()
+
+
+def test_a_captured_stream(device, monkeypatch):
+    """Asked before there is a result, or a copy."""
+
+    def refuse(stream):
+        raise RuntimeError("captured")
+
+    there = [on(device, x) for x in qkv()]
+    made = len(device.buffers)
+    monkeypatch.setattr(device, "refuse_capture", refuse)
+    with pytest.raises(RuntimeError, match=r"^captured$"):
+        na.attention(*there)
+    assert len(device.buffers) == made
+    with pytest.raises(RuntimeError, match=r"^captured$"):
+        na.attention(*qkv(), backend="cuda")
+
+
+def test_temporaries_where_memory_is_not_freed_in_order(device, monkeypatch):
+    """They are kept until the stream has come to its end; from a pool they need not be."""
+    there = [on(device, x, InterfaceArray) for x in qkv()]
+    held = []
+    monkeypatch.setattr(device, "hold", lambda things, stream: held.append(things))
+    na.attention(*there)
+    assert not [m for things in held for m in things if isinstance(m, driver.Memory)]
+    monkeypatch.setattr(device, "ordered", False)
+    na.attention(*there)
+    assert [m for things in held for m in things if isinstance(m, driver.Memory)]

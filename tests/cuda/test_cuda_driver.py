@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -74,10 +75,11 @@ class FakeBindings:
         self.address, self.pools, self.devices, self.capturing = 1 << 20, pools, 2, "CU_STREAM_CAPTURE_STATUS_NONE"
         self.CUdevice_attribute = self.CUfunction_attribute = self.CUpointer_attribute = Names()
         self.CUmemPool_attribute = self.CUmemAllocationType = self.CUmemAllocationHandleType = Names()
-        self.CUmemLocationType = self.CUstreamCaptureStatus = self.CUjit_option = Names()
+        self.CUmemLocationType = self.CUstreamCaptureStatus = self.CUstreamCaptureMode = self.CUjit_option = Names()
         self.CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
         self.cuuint64_t = int
         self.done = True  # of every event
+        self.mode = self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
 
     def CUmemPoolProps(self):
         return SimpleNamespace(location=SimpleNamespace())
@@ -97,7 +99,8 @@ class FakeBindings:
 
     def names(self):
         """The calls made since the last time, without those that only ask which context is current."""
-        names = [call[0] for call in self.calls if call[0] not in ("cuCtxGetCurrent", "cuEventQuery")]
+        asking = ("cuCtxGetCurrent", "cuEventQuery", "cuThreadExchangeStreamCaptureMode")
+        names = [call[0] for call in self.calls if call[0] not in asking]
         self.calls.clear()
         return names
 
@@ -136,6 +139,10 @@ class FakeBindings:
 
     def _cuDevicePrimaryCtxRetain(self, device):
         return 0, self.CONTEXT + device
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode):
+        before, self.mode = self.mode, mode
+        return 0, before
 
     def _cuCtxGetCurrent(self):
         return 0, self.stack[-1] if self.stack else 0
@@ -407,10 +414,11 @@ def test_memory_in_the_order_of_its_stream():
     nothing = device.empty(0, 0)
     assert nothing.nbytes == 0
     assert [call[1] for call in cu.calls if call[0] == "cuMemAllocFromPoolAsync"] == [1]
-    shared = device.empty(8, 0)
+    shared = device.empty(8, 7)
     shared.settle = True
     cu.names()
     del shared
+    assert cu.one("cuMemFreeAsync") == (cu.address, 0)  # stream 7 may be gone
     names = cu.names()
     assert names.index("cuCtxSynchronize") < names.index("cuMemFreeAsync")
 
@@ -466,12 +474,36 @@ def test_upload():
     assert "cuMemcpyHtoDAsync" not in cu.names() and not cu.stack
 
 
-def test_upload_into_a_graph():
+def test_a_graph_is_refused():
     device, cu = fake_device()
+    device.refuse_capture(5)
+    assert cu.one("cuStreamIsCapturing") == (5,)
     cu.capturing = "CU_STREAM_CAPTURE_STATUS_ACTIVE"
-    with pytest.raises(RuntimeError, match=r"captured: pass a device array"):
-        device.upload(np.zeros(3), 5)
+    with pytest.raises(RuntimeError, match=r"^the stream is being captured into a CUDA graph.*outside the capture"):
+        device.refuse_capture(5)
     assert not cu.stack
+
+
+@pytest.mark.parametrize("error", [900, 906, 907])
+def test_hold_while_another_thread_captures(error):
+    """A query that is refused says nothing of the event; and none is made in a way that ends the capture."""
+    device, cu = fake_device()
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    alive = weakref.ref(thing)
+    device.hold(thing, 0)
+    del thing
+    cu.fails["cuEventQuery"] = error
+    device.synchronize(0)
+    assert alive() is not None and cu.mode == "CU_STREAM_CAPTURE_MODE_GLOBAL"
+    modes = [call[1] for call in cu.calls if call[0] == "cuThreadExchangeStreamCaptureMode"]
+    assert modes[-2:] == ["CU_STREAM_CAPTURE_MODE_RELAXED", "CU_STREAM_CAPTURE_MODE_GLOBAL"]
+    del cu.fails["cuEventQuery"]
+    device.synchronize(0)
+    assert alive() is None
 
 
 def test_download():
@@ -740,6 +772,7 @@ int cuEventCreate(H *e, unsigned f) { *e = (H)0xE0; SAY("event flags %u", f); re
 int cuEventRecord(H e, H s) { SAY("record %p on %p", e, s); return 0; }
 int cuStreamWaitEvent(H s, H e, unsigned f) { SAY("%p waits for %p, %u", s, e, f); return 0; }
 int cuEventQuery(H e) { return 0; }
+int cuThreadExchangeStreamCaptureMode(int *mode) { int before = *mode; *mode = 0; return before != 2 && before != 0; }
 int cuEventDestroy_v2(H e) { SAY("destroy %p", e); return 0; }
 int cuModuleLoadData(H *m, const char *image) { SAY("module of %.3s", image + 1); *m = (H)0x40; return 0; }
 int cuModuleLoadDataEx(H *m, const char *image, unsigned n, int *o, void **v) {
@@ -797,6 +830,7 @@ device.fill(memory, 255, 0)
 device.download(memory.address, back, 0)
 say("filled", np.isnan(back).all())
 del memory
+device.refuse_capture(5)
 large = np.arange(10000.0)
 memory, back = device.upload(large, 0), np.empty_like(large)
 device.download(memory, back, 0)
@@ -979,6 +1013,7 @@ def test_nvjitlink_says_what_is_wrong():
         (INCREMENT.replace("add.u32", "badd.u32"), (8, 0), "Not a name of any known instruction: 'badd'"),
         (INCREMENT.replace("7.8", "99.8"), (8, 0), "Unsupported .version 99.8"),
         (INCREMENT.replace("sm_80", "sm_90"), (8, 0), "SM version"),
+        (INCREMENT, (99, 0), "ARCH"),  # a device that the library does not know
     ):
         cubin, log = driver._assemble(ptx, cc)
         assert cubin is None and log.startswith("nvJitLink: ") and message in log

@@ -41,6 +41,15 @@ DRAWS = [
     ("decode", "float16", 8, 4),
     ("decode", "float32", 9, 4),
     ("merge", "float32", 10, 5),
+    ("fill", "float32", 13, 3),
+    ("bias", "float16", 14, 4),
+    ("bias", "float32", 15, 4),
+    ("total", "float32", 16, 3),
+    ("slopes", "float32", 17, 3),
+    ("sinks", "float32", 18, 3),
+    ("aux", "float32", 19, 5),
+    ("aux_total", "float32", 20, 3),
+    ("convert", "float32", 21, 3),
 ]
 
 # Always: of the kinds that a kernel of tiles can get wrong most easily, on the problems that notice most.

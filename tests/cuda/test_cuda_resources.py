@@ -113,6 +113,8 @@ def test_one_compilation_does_for_several_targets(name: str, cc: tuple[int, int]
 
 needs_emulator = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 PROFILES = ladder.wavefronts()
+PROFILED = [(target, str(kernel)) for target in ladder.PROFILED.values() for kernel in ladder.profiled()]
+QUICK_PROFILES = [("sm_80", "forward f16 64"), ("sm_90", "forward f32 64")]
 # What a loop may lose to conflicts: parts of its wavefronts.
 LOST = 0.03
 
@@ -120,23 +122,24 @@ LOST = 0.03
 def lost(profile: dict) -> float:  # type: ignore[type-arg]
     """Part of a main loop's wavefronts that conflicts add."""
     took, ideal = (sum(numbers[n] for numbers in profile["loop"].values()) for n in range(2))
-    return took / ideal - 1 if ideal else 0.0
+    return took / ideal - 1
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_main_loops_have_hardly_any_bank_conflicts(name: str) -> None:
-    assert PROFILES[name]["loop"]
-    assert lost(PROFILES[name]) <= LOST, PROFILES[name]["loop"]
-    for opcode, (took, ideal) in PROFILES[name]["once"].items():
+@pytest.mark.parametrize(("target", "name"), PROFILED)
+def test_main_loops_have_hardly_any_bank_conflicts(target: str, name: str) -> None:
+    found = PROFILES[target][name]
+    assert lost(found) <= LOST, found["loop"]
+    for opcode, (took, ideal) in found["once"].items():
         assert took <= 2 * ideal + 0.01, f"{opcode} outside the loop: {took / ideal:.1f}-way"
 
 
 @needs_emulator
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "forward f16 64" else pytest.mark.ladder) for n in PROFILES]
+    ("target", "name"),
+    [pytest.param(*one, marks=() if one in QUICK_PROFILES else pytest.mark.ladder) for one in PROFILED],
 )
-def test_bank_conflicts_are_as_in_the_table(name: str) -> None:
-    assert ladder.profile(kernel_of(name)) == PROFILES[name]
+def test_bank_conflicts_are_as_in_the_table(target: str, name: str) -> None:
+    assert ladder.profile(kernel_of(name), target) == PROFILES[target][name]
 
 
 def test_the_page_has_the_tables() -> None:

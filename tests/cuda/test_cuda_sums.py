@@ -6,7 +6,6 @@ Two tiles meet in both directions. In problems this small every unit is a part o
 where a block is to sum more than one.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ import emulator
 import sass
 import test_backward
 from cases import BY_NAME, DTYPES, build, table_by_distance
+from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn import gradients, plan
@@ -43,9 +43,7 @@ def shared() -> emulator.EmulatedDevice:
 @pytest.fixture
 def cuda(shared: emulator.EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.EmulatedDevice]:
     """An emulated device, and "cuda" for the backend of calls that name none."""
-    for name in ("attention", "attention_vjp", "attention_backward"):
-        monkeypatch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
-    monkeypatch.setattr(test_backward, "HALF_WEIGHTS", True)
+    cuda_by_default(monkeypatch)
     with driver.use(shared) as device:
         yield device
 

@@ -9,27 +9,35 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 
 from emulator import SHARED
 
-from numba_attn.cuda import backward, forward, tiling
+from numba_attn.cuda import backward, decode, forward, sums, tiling
 from numba_attn.cuda.tile import VECTOR
 
 KERNELS = {"forward": forward.memory, "queries": backward.memory_queries, "keys": backward.memory_keys}
+# kernel -> whose tiles it has, and what it keeps in them
+MEMORY = {name: (name, memory) for name, memory in KERNELS.items()} | {
+    "decode": ("decode", forward.memory), "bias": ("queries", sums.memory_bias), "aux": ("queries", sums.memory_aux),
+}  # fmt: skip
 HEAD_SIZES = range(1, tiling.LARGEST + 1)
 PAIRS = list(itertools.product((1, 16, 59, 64, 100, 128, 192, 256), repeat=2))  # (Dk, Dv)
 DTYPES = [("f16", False), ("bf16", False), ("f32", False), ("f32", True), ("f64", False)]
 
 
 @pytest.mark.parametrize("cc", SHARED, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MEMORY)
 @pytest.mark.parametrize("storage, tf32", DTYPES)
 def test_a_tile_fits(kernel: str, storage: str, tf32: bool, cc: tuple[int, int]) -> None:
     """Every launch asks for what `memory` says: at most what a block of this device can have."""
-    memory = KERNELS[kernel]
+    if tf32 and kernel == "decode":
+        pytest.skip("decode has no tf32")
+    tiles, memory = MEMORY[kernel]
     for qk_dim, v_dim in [(d, d) for d in HEAD_SIZES] + PAIRS:
-        t = tiling.choose(kernel, storage, qk_dim, v_dim, memory, SHARED[cc], tf32)
-        if t is None:  # the exact kernel takes over: see launch.Call.tiling
-            assert tf32 and kernel == "keys" and max(qk_dim, v_dim) > 240 and SHARED[cc] < 100 * 1024
-            continue
+        t = tiling.choose(tiles, storage, qk_dim, v_dim, memory, SHARED[cc], tf32)
+        assert t is not None
         places = memory(t)
+        if kernel == "decode":  # the same kernel with fewer rows, and the one that joins its parts
+            for rows in range(1, decode.ROWS + 1):
+                assert forward.memory(decode.with_rows(t, rows))["size"] <= SHARED[cc]
+            assert decode.memory_merge(t)["size"] <= SHARED[cc]
         assert places["size"] <= SHARED[cc]
         assert t.qk_dim >= qk_dim and t.v_dim >= v_dim
         assert t.mma is (storage in ("f16", "bf16") or tf32)

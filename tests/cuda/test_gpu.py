@@ -1,9 +1,8 @@
-"""What a machine with a GPU runs: `pytest -m gpu`. The same rules as on the CPU, on every row of the table of cases in
-every dtype, then what an emulator cannot show: the driver's own path, large shapes, other libraries' arrays, streams.
+"""What a machine with a GPU runs: `pytest -m gpu`. The same rules as on the CPU, on every row of the table of cases
+(with --ladder in every dtype), then what an emulator cannot show: the driver's own path, large shapes, other libraries'
+arrays, streams. The first run compiles some hundred kernels, which takes longer than all the rest.
 """
 
-import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 import test_attention
 import test_backward
 from cases import BY_NAME, CASES, DTYPES, Case, build
+from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn.cuda import bench, driver
@@ -25,16 +25,16 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The device, and "cuda" for the backend of calls that name none."""
-    for name in ("attention", "attention_vjp", "attention_backward"):
-        monkeypatch.setattr(na, name, functools.partial(getattr(na, name), backend="cuda"))
-    yield driver.current()
+    cuda_by_default(monkeypatch)
+    return driver.current()
 
 
-def in_every_dtype() -> list[Case]:
+def in_every_dtype() -> list[Any]:
+    """The rows, then all rows in the other dtypes: most of them need kernels that nothing else does."""
     return CASES + [
-        replace(case, name=f"{case.name}-as-{dtype}", dtype=dtype)
+        pytest.param(replace(case, name=f"{case.name}-as-{dtype}", dtype=dtype), marks=pytest.mark.ladder)
         for dtype in DTYPES
         for case in CASES
         if case.dtype != dtype
@@ -94,6 +94,7 @@ def test_torch_arrays(cuda: Any) -> None:
         pytest.skip("torch has no CUDA")
     q, k, v = (torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         out = na.attention(q, k, v, causal=True, backend="auto")
     stream.synchronize()
@@ -103,6 +104,6 @@ def test_torch_arrays(cuda: Any) -> None:
 
 
 def test_the_benchmark_prints_a_block(cuda: Any) -> None:
-    case = bench.CASES[0]
-    text = bench.report(cuda, [replace(case, q_len=256, kv_len=256)], seconds=0.05)
+    case = replace(bench.CASES[0], batch=1, heads=2, kv_heads=2, q_len=200, kv_len=200)
+    text = bench.report(cuda, [case, replace(case, backward=True)], seconds=0.05)
     assert text.startswith("```") and "TFLOP/s" in text and "wrong" not in text and "failed" not in text

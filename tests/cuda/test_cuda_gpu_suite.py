@@ -1,0 +1,37 @@
+"""test_gpu.py on an emulated device, a few of each kind: what fails here would fail on a GPU at the first try."""
+
+import os
+
+import emulator
+import pytest
+from child import run_python
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
+pytestmark = [
+    pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing())),
+    pytest.mark.processes,
+]
+
+CHOSEN = [
+    "test_case[plain-3x203]",
+    "test_case[head-40-float16]",
+    "test_case[plain-1x1-as-bfloat16]",
+    "test_the_benchmark_prints_a_block",
+]
+
+RUN = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import emulator, pytest
+from numba_attn.cuda import bench, driver
+bench.FILL = 2**20
+with driver.use(emulator.EmulatedDevice()):
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "gpu", "--ladder", *sys.argv[3:]]))
+"""
+
+
+def test_a_few_of_each_kind() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    module = os.path.join(here, "test_gpu.py")
+    done = run_python(RUN, os.path.dirname(here), here, *(f"{module}::{name}" for name in CHOSEN), timeout=900)
+    assert f"{len(CHOSEN)} passed" in done.stdout, done.stdout
