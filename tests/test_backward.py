@@ -105,7 +105,7 @@ def check(
     plain_options = (
         {name: x for name, x in options.items() if name not in ("score_mod", "aux")} if modified else options
     )
-    small = lse.size * from_layout(k, options.get("layout", "bhsd")).shape[2] < 20_000 or q.dtype.itemsize == 2
+    small = lse.size * from_layout(k, options.get("layout", "bhsd")).shape[2] < 50_000 or q.dtype.itemsize == 2
     halves = HALF_WEIGHTS and q.dtype.itemsize == 2
     rounded = {"weights_dtype": q.dtype} if halves else {}
     yardstick = naive(acc, dout, dlse, q, k, v, **rounded, **plain_options) if small or not modified else {}
