@@ -104,8 +104,8 @@ def attention(
         the current one of torch or CuPy for their arrays, else the default stream, if left out.
     tf32 : bool
         On a GPU, for float32: products by tensor cores, which round their operands to 10 bits of mantissa, float16's,
-        and keep float32's range and sums. Few queries (Sq * Hq / Hkv <= 16) are computed in float32 all the same:
-        reading the keys is what takes time.
+        and keep float32's range and sums. The forward pass of few queries (Sq * Hq / Hkv <= 16) is computed in float32
+        all the same: reading the keys is what takes time.
 
     Returns
     -------
@@ -127,8 +127,9 @@ def attention(
     the host.
 
     The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a
-    NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows. Online
-    softmax: Milakov and Gimelshein 2018; tiles: Dao et al. 2022.
+    NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows; on a GPU only
+    on whether its sequence has few queries (Sq * Hq / Hkv <= 16), which have a kernel of their own. Online softmax:
+    Milakov and Gimelshein 2018; tiles: Dao et al. 2022.
 
     Examples
     --------
@@ -194,11 +195,11 @@ def attention(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        _check_tf32(tf32, "cuda", q)
+        _check_tf32(tf32, "cuda")
         result, lse = on_device.attention(q, k, v, options, out, bool(return_lse), stream, tf32)
         return (result, lse) if return_lse else result
     _check_stream(stream, backend)
-    _check_tf32(tf32, backend, q)
+    _check_tf32(tf32, backend)
     problem = plan.resolve(q, k, v, **options)
     if out is None:
         result = np.empty(plan.output_shape(problem), problem.dtype)
@@ -296,7 +297,7 @@ def attention_vjp(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        _check_tf32(tf32, "cuda", q)
+        _check_tf32(tf32, "cuda")
         result, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, out, bool(return_lse), stream, tf32)
         pullback = Pullback(None, (q, k, v), options, kept, tuple(aux_grad), backend, tf32)
     else:
@@ -374,10 +375,10 @@ def attention_backward(
     if _on_gpu(q, k, v, backend):
         from .cuda import on_device
 
-        _check_tf32(tf32, "cuda", q)
+        _check_tf32(tf32, "cuda")
         return on_device.attention_backward(dout, q, k, v, out, lse, dlse, options, aux_grad, stream, tf32)
     _check_stream(stream, backend)
-    _check_tf32(tf32, backend, q)
+    _check_tf32(tf32, backend)
     problem = plan.resolve(q, k, v, **options)
     asked = check_aux_grad(aux_grad, problem.aux)
     views = check_results(problem, out, lse)
@@ -560,18 +561,19 @@ def _backward(
     if backend == "cuda":
         from .cuda import attention_backward as on_cuda
 
-        dbias, dslopes, daux, deltas = on_cuda(*arguments, stream, tf32)
+        dbias, dslopes, daux, dsinks = on_cuda(*arguments, stream, tf32)
     else:
         from .cpu.launch_backward import backward
 
         dbias, dslopes, daux, deltas = backward(*arguments)
+        dsinks = None if sinks is None else sink_gradient(problem, lse, deltas)
     with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
         return Gradients(
             dq,
             dk,
             dv,
             None if dbias is None else dbias.reshape(bias.shape).astype(bias.dtype, copy=False),
-            None if sinks is None else sink_gradient(problem, lse, deltas).astype(sinks.dtype, copy=False),
+            None if sinks is None else dsinks.reshape(-1).astype(sinks.dtype, copy=False),
             None if dslopes is None else dslopes.reshape(slopes.shape).astype(slopes.dtype, copy=False),
             _in_dtypes(daux, options["aux"]) if problem.score_mod is not None and problem.aux else None,
         )
@@ -594,7 +596,7 @@ def _check_stream(stream: Any, backend: str) -> None:
         )
 
 
-def _check_tf32(tf32: Any, backend: str, q: Any) -> None:
+def _check_tf32(tf32: Any, backend: str) -> None:
     if not isinstance(tf32, (bool, np.bool_)):
         raise TypeError(f"tf32 is {tf32!r}; it takes a bool")
     if tf32 and backend != "cuda":
@@ -602,9 +604,6 @@ def _check_tf32(tf32: Any, backend: str, q: Any) -> None:
             "tf32 is True, but the arrays are in host memory and the CPU computes; it takes arrays on a GPU, or "
             "backend='cuda', beside it"
         )
-    name = str(getattr(q, "dtype", "float32")).removeprefix("torch.")
-    if tf32 and name != "float32":
-        raise ValueError(f"tf32 is True and q has dtype {name}; tf32 is a way to compute with float32 arrays")
 
 
 def _on_gpu(q: Any, k: Any, v: Any, backend: str) -> bool:

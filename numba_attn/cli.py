@@ -160,7 +160,10 @@ def _cuda() -> str:
     versions = f"numba-cuda {_version('numba-cuda')}"
     if (why := driver.missing()) is not None:
         return f"{versions}; {why}"
-    device = driver.current()
+    try:
+        device = driver.current()
+    except RuntimeError as error:
+        return f"{versions}; {error}"
     return f"{versions}; {device.name}, compute capability {device.cc[0]}.{device.cc[1]}"
 
 
@@ -175,8 +178,11 @@ def _amx() -> str:
 def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list | None) -> int:
     from numba_attn.cuda import driver
 
-    if args.peak or args.json or args.libraries or args.threads:
-        parser.error("--backend cuda takes no --peak, --json, --libraries or --threads")
+    if args.peak or args.json or args.libraries or args.threads or args.rounds != parser.get_default("rounds"):
+        parser.error("--backend cuda takes no --peak, --json, --libraries, --threads or --rounds")
+    shape = ("batch", "heads", "kv_heads", "kv_len", "dim", "dtype", "causal", "window", "backward")
+    if not cases and any(getattr(args, name) != parser.get_default(name) for name in shape):
+        parser.error("--backend cuda takes a shape together with --q-len; without one it times a table of its own")
     try:
         device = driver.current()
     except RuntimeError as why:

@@ -13,6 +13,7 @@ import pytest
 
 import numba_attn
 from numba_attn import bench, cli, demo
+from numba_attn.cuda import driver
 from numba_attn.terminal import Progress, bytes_text, seconds_text, table
 
 TINY = ["--heads", "2", "--kv-heads", "1", "--q-len", "33", "--dim", "16", "--rounds", "1", "--seconds", "0.01"]
@@ -80,6 +81,15 @@ def test_bench_peak_is_a_fraction(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < answer["fraction"] < 1.1 and answer["peak"] > 1e9
 
 
+def test_info_survives_a_device_that_does_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("opening a context on CUDA device 0 failed")
+
+    monkeypatch.setattr(driver, "missing", lambda: None)
+    monkeypatch.setattr(driver, "current", broken)
+    assert cli._cuda().endswith("; opening a context on CUDA device 0 failed")
+
+
 @pytest.mark.parametrize(
     ("case", "pairs"),
     [
@@ -107,6 +117,12 @@ def test_only_visible_pairs_count_as_flops(case: bench.Case, pairs: int) -> None
         (["bench", "--seconds", "nan"], "--seconds: takes a number of seconds"),
         (["bench", "--threads", "100000"], "--threads takes at most"),
         (["bench", "--libraries", "numpy,abacus"], "'abacus' is not among those found here"),
+        (
+            ["bench", "--backend", "cuda", "--rounds", "3"],
+            "takes no --peak, --json, --libraries, --threads or --rounds",
+        ),
+        (["bench", "--backend", "cuda", "--dim", "128"], "takes a shape together with --q-len"),
+        (["bench", "--backend", "cuda", "--causal"], "takes a shape together with --q-len"),
         (["demo", "--plot", "picture.txt"], "--plot takes a file that ends in .png"),
         (["demo", "--plot", "no/such/folder/x.png"], "--plot cannot write into the folder"),
     ],

@@ -21,7 +21,6 @@ import numpy as np
 from ..arrays import FLOAT_NAMES, Array
 from . import driver
 
-PER_THREAD = 2  # the handle of each thread's default stream
 CUDA, CUDA_MANAGED = 2, 13  # DLDeviceType
 PER_THREAD = 2  # the handle of every thread's own default stream
 

@@ -40,6 +40,7 @@ from numba.cuda.typing.templates import (
 )
 
 from ..cache import cache_folder, fingerprint
+from .driver import INSTALL
 
 __all__ = [
     "AbstractTemplate",
@@ -76,7 +77,10 @@ inline = cuda.jit(device=True, inline="always")
 @functools.cache
 def _nvvm() -> str:
     """Which NVVM library compiles: CUDA 12's and 13's write versions of PTX that the other one's drivers may refuse."""
-    path = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvvm").abs_path
+    try:
+        path = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvvm").abs_path
+    except Exception as error:
+        raise RuntimeError(f"numba-cuda finds no NVVM library, which compiles kernels ({error}): {INSTALL}") from error
     return f"{os.path.basename(path)} {os.path.getsize(path)}" if path else ""
 
 
@@ -104,9 +108,10 @@ def kernel_ptx(
 
     It is kept on disk under `key`, a text that with our sources says what the kernel is; None: it isn't.
     """
+    nvvm = _nvvm()
     path = None
     if key is not None and (folder := cache_folder()) is not None:
-        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {_nvvm()} {cc} {bounds} {key}"
+        stamp = f"{fingerprint('cuda')} {numba_cuda.__version__} {nvvm} {cc} {bounds} {key}"
         path = Path(folder) / f"cuda-{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.ptx"
         with contextlib.suppress(OSError, ValueError):
             digest, _, ptx = path.read_text().partition("\n")

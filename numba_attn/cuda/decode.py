@@ -53,6 +53,19 @@ def rows_of(problem: Problem) -> int:
     return int(problem.sequences[:, 2].max(initial=0)) * (problem.q_heads // problem.kv_heads)
 
 
+def split(problem: Problem) -> tuple[Problem | None, Problem | None]:
+    """The problem with the sequences that have few queries, and with the others; None where there are none. A row's
+    own sequence decides which kernel computes it, so that its bits do not depend on what it is packed with."""
+    rows = problem.sequences[:, 2] * (problem.q_heads // problem.kv_heads)
+    few = rows <= ROWS
+    if few.all():
+        return problem, None
+    few &= rows > 0
+    if not few.any():
+        return None, problem
+    return replace(problem, sequences=problem.sequences[few]), replace(problem, sequences=problem.sequences[~few])
+
+
 def with_rows(t: Tiling, rows: int) -> Tiling:
     """The tiling, with fewer rows if they do: the same bits, since a row's columns lie in the same threads."""
     return t if t.mma or rows > FEW_ROWS else replace(t, rows=FEW_ROWS, threads=min(t.threads, FEW_ROWS * t.across))

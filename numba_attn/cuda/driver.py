@@ -42,7 +42,8 @@ MAX_THREADS = 1024
 # What our memory pool keeps for the next call instead of giving it back to the system at the next synchronisation.
 POOL_KEEPS = 1 << 30
 
-# Arrays up to this size are copied on the host first, so that `upload` need not wait for the stream.
+# Arrays of so many pieces of this size are copied on the host first, so that `upload` need not wait for the stream.
+PIECES = 16
 SMALL = 64 * 1024
 
 _NOT_INITIALIZED, _OUT_OF_MEMORY, _NOT_READY = 3, 2, 600  # CUresult
@@ -339,7 +340,10 @@ class Device:
         options = [cu.CUjit_option.CU_JIT_ERROR_LOG_BUFFER, cu.CUjit_option.CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES]
         result = cu.cuModuleLoadDataEx(ptx.encode() + b"\0", len(options), options, [words, size])
         if result[0] != 0:
-            told = [_explain(cu, result[0]), words.split(b"\0")[0].decode(errors="replace").strip(), log]
+            said = words.split(b"\0")[0].decode(errors="replace").strip()
+            if (older := older_version(ptx, said)) is not None:
+                return self._load_text(older, name, log)
+            told = [_explain(cu, result[0]), said, log]
             raise RuntimeError(f"assembling {name} for {self.name} failed: " + "\n".join(filter(None, told)))
         return result[1]
 
@@ -454,11 +458,14 @@ class Device:
             memory = self.empty(array.nbytes, stream)
             if array.nbytes == 0:
                 return memory
-            small = array.nbytes <= SMALL
+            # The driver waits for the stream before it copies more than SMALL bytes from pageable memory, and may not
+            # have read everything when it comes back: a call's own numbers go in pieces.
+            small = array.nbytes <= PIECES * SMALL
             host = np.array(array, order="C", copy=True if small else None)
-            result = cu.cuMemcpyHtoDAsync(memory.address, host.ctypes.data, host.nbytes, stream)
-            _check(cu, result, f"copying {host.nbytes} bytes to {self.name}")
-            # From pageable memory the driver may or may not have read everything by now.
+            for n in range(0, host.nbytes, SMALL) if small else (0,):
+                size = min(SMALL, host.nbytes - n) if small else host.nbytes
+                result = cu.cuMemcpyHtoDAsync(memory.address + n, host.ctypes.data + n, size, stream)
+                _check(cu, result, f"copying {host.nbytes} bytes to {self.name}")
             if small:
                 self.hold(host, stream)
             else:
@@ -579,6 +586,17 @@ class Device:
                 cu.cuThreadExchangeStreamCaptureMode(mode)
 
 
+def older_version(ptx: str, log: str) -> str | None:
+    """The PTX with the newest version that an assembler says it knows, where the version is what it refused. It is that
+    of the compiler, which another package's pins may leave newer than the assembler, and not what the code needs: our
+    kernels are of PTX 7.8."""
+    said = re.search(r"Unsupported \.version [\d.]+; current version is '(\d+\.\d+)'", log)
+    if said is None:
+        return None
+    older, count = re.subn(r"^\.version [\d.]+$", f".version {said[1]}", ptx, count=1, flags=re.MULTILINE)
+    return older if count and older != ptx else None
+
+
 def kernel_name(ptx: str, name: str | None = None) -> str:
     """`name`, or that of the only kernel in the PTX."""
     names: list[str] = re.findall(r"\.entry\s+([\w$]+)\s*\(", ptx)
@@ -623,9 +641,13 @@ def _assemble(ptx: str, cc: tuple[int, int]) -> tuple[bytes | None, str]:
         link.get_linked_cubin(handle, cubin)
         return bytes(cubin), ""
     except link.nvJitLinkError as error:
+        error_text = str(error)
         log = bytearray(link.get_error_log_size(handle))
         if log:
             link.get_error_log(handle, log)
-        return None, f"nvJitLink: {error}\n{log.split(bytes(1))[0].decode(errors='replace')}".strip()
+        said = log.split(bytes(1))[0].decode(errors="replace")
     finally:
         link.destroy(handle)
+    if (older := older_version(ptx, said)) is not None:
+        return _assemble(older, cc)
+    return None, f"nvJitLink: {error_text}\n{said}".strip()

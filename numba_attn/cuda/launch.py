@@ -62,6 +62,10 @@ class Call:
         self.problem, self.device, self.stream, self.on_device = problem, device, stream, on_device
         self.tf32 = tf32
         check(problem, device)
+        if tf32 and problem.dtype != np.float32:
+            raise ValueError(
+                f"tf32 is True and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
+            )
         if not on_device:  # else asked before there were results
             device.refuse_capture(stream)
         self.storage = STORAGE[problem.dtype.name]
@@ -136,6 +140,12 @@ class Call:
             dropout=p.dropout_p > 0,
             derivatives=derivatives,
         )
+
+    def take(self, part: Problem) -> None:
+        """Go on with a part of the problem's sequences."""
+        if part is not self.problem:
+            self.problem = part
+            self.numbers["sequences"] = self.small(part.sequences)
 
     # --- arrays -------------------------------------------------------------------------------------------------------
 
@@ -387,33 +397,36 @@ def attention(
     results = [(call.result("out", shape, p.dtype, out), out)]
     if lse is not None:
         results.append((call.result("lse", shape[:3], p.acc, lse), lse))
-    few = decode.rows_of(p) <= decode.ROWS
-    t = call.tiling("decode" if few else "forward", forward.memory)
-    tiles = call.tiles(t.rows)
-    grid = tiles * p.kv_heads * len(p.sequences)
-    if grid > driver.MAX_GRID:
-        raise ValueError(
-            f"mask has {len(p.sequences)} sequences, the longest of {int(p.sequences[:, 2].max())} queries, and k "
-            f"{p.kv_heads} heads: {grid} tiles are more than the {driver.MAX_GRID} of a launch; split the sequences by "
-            "length"
-        )
+    short, long = decode.split(p)
+    if long is not None:
+        t = call.tiling("forward", forward.memory)
+        tiles = call.tiles(t.rows)
+        grid = tiles * p.kv_heads * len(long.sequences)
+        if grid > driver.MAX_GRID:
+            raise ValueError(
+                f"mask has {len(long.sequences)} sequences, the longest of {int(p.sequences[:, 2].max())} queries, and "
+                f"k {p.kv_heads} heads: {grid} tiles are more than the {driver.MAX_GRID} of a launch; split the "
+                "sequences by length"
+            )
     if int(p.sequences[:, 2].sum()) < p.batch * p.q_len:
         _fill(call)
-    if few:
-        _decode(call, t)
-    else:
+    if long is not None:
+        call.take(long)
         call.numbers["tiles"] = tiles
         f = replace(call.features, aligned=call.aligned(("q", "k", "v", "out")))
         call.run(forward.build, t, f, grid, t.threads, forward.memory(t)["size"])
+    if short is not None:
+        call.take(short)
+        _decode(call)
     for result, target in results:
         call.fetch(result, target)
     call.finish()
 
 
-def _decode(call: Call, t: Tiling) -> None:
+def _decode(call: Call) -> None:
     """Few queries: the keys in parts, then the parts joined."""
     p, rows, size = call.problem, decode.rows_of(call.problem), SIZE[call.acc]
-    t = decode.with_rows(t, rows)
+    t = decode.with_rows(call.tiling("decode", forward.memory), rows)
     places, items = decode.workspace(p)
     states = len(items) * p.kv_heads * rows
     bytes_of_o = states * decode.row_bytes(t)
@@ -458,15 +471,12 @@ def attention_backward(
     stream: int = 0,
     on_device: bool = False,
     device: Any = None,
-    dsinks: Array | None = None,
     tf32: bool = False,
 ) -> tuple[Any, Any, tuple[Any, ...], Any]:
-    """As cpu.launch_backward.backward: write dq, dk and dv; return dbias, dslopes, daux and deltas.
+    """Write dq, dk and dv; return dbias, dslopes, daux and dsinks, None for what is not there.
 
-    dsinks : (Hq,), written if it is given; deltas is None then, and where there are no sinks
-
-    on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned, with the gradient
-        of the sinks in place of deltas, are Results in these shapes and in the argument's dtype, acc or float64.
+    on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned are Results in
+        these shapes and in the argument's dtype, acc or float64.
     """
     p, device = problem, driver.current() if device is None else device
     call = Call(p, device, stream, on_device, derivatives=True, tf32=tf32)
@@ -504,7 +514,7 @@ def attention_backward(
     names = ("q", "k", "v", "dout", "dq", "dk", "dv")
     f = replace(call.features, aligned=call.aligned(names), extra=extra)
     more: tuple[str, ...] = extra
-    dbias = dslopes = dsinks_there = None
+    dbias = dslopes = dsinks = None
     pairs = (*q_shape, p.kv_len)
     if dbias_shape == pairs:
         dbias = call.result("dbias", pairs, acc, None)
@@ -533,24 +543,18 @@ def attention_backward(
         dbias = _bias_sums(call, f, dbias_shape)
     if dslopes_shape is not None:
         dslopes = _head_sums(call, "slopes", dslopes_shape)
-    if dsinks is not None or (on_device and p.sinks is not None):
-        dsinks_there = _head_sums(call, "sinks", (1, p.q_heads))
+    if p.sinks is not None:
+        dsinks = _head_sums(call, "sinks", (1, p.q_heads))
     daux = _aux_sums(call, f, asked) if any(asked) else (None,) * len(p.aux)
 
     if on_device:
         call.finish()
-        return dbias, dslopes, daux, dsinks_there
+        return dbias, dslopes, daux, dsinks
     for result, target in results:
         call.fetch(result, target)
-    deltas = None
-    if dsinks is not None:
-        call.fetch(dsinks_there, dsinks.reshape(1, -1))
-    elif p.sinks is not None:
-        deltas = np.empty(q_shape, acc)
-        device.download(call.numbers["deltas"], deltas, stream)
-    host = [call.fetched(x) for x in (dbias, dslopes, *daux)]
+    dbias, dslopes, dsinks, *daux = (call.fetched(x) for x in (dbias, dslopes, dsinks, *daux))
     call.finish()
-    return host[0], host[1], tuple(host[2:]), deltas
+    return dbias, dslopes, tuple(daux), dsinks
 
 
 TOGETHER = 128  # the largest head size at which a thread has registers for dK and dV

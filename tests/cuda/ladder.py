@@ -414,10 +414,15 @@ def profile(kernel: Kernel, target: str) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def plain_products() -> tuple[Kernel, ...]:
+    """The kernels of products as they are without options."""
+    return tuple(k for k in kernels() if k.what in PRODUCTS and k.what != "aux" and not k.variant)
+
+
 def profiled() -> list[Kernel]:
     """The kernels of docs/cuda.md's tables, whose bank conflicts are counted for PROFILED's targets."""
-    plain = [k for k in kernels() if k.what in PRODUCTS and k.what != "aux" and not k.variant and k.dtype != "bf16"]
-    return [k for k in plain if k.dim in (64, 128, 256)]
+    return [k for k in plain_products() if k.dtype != "bf16" and k.dim in (64, 128, 256)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
@@ -429,12 +434,24 @@ def bound(row: dict[str, Any], found: dict[str, Any]) -> tuple[float, float, str
     `profile`, which knows that lanes share an address, as the widths of the machine code's accesses do not; these know
     what ptxas left of the PTX's accesses."""
     clocks = {name: row[f"{name}_clocks"] for name in CYCLES}
-    counted = sass.PARTITIONS * sum(took for took, _ in found["loop"].values())
-    clocks["shared"] = min(clocks["shared"], counted)
+    clocks["shared"] = sass.PARTITIONS * wavefronts_of(row, found)
     limit = max(clocks, key=lambda name: clocks[name])
     apart = [n for name, n in clocks.items() if name not in ("issue", "fp32", "imad")]
     total = sum(apart) + max(clocks["fp32"], clocks["imad"])
     return row["clocks"] / total, row["clocks"] / clocks[limit], limit
+
+
+def wavefronts_of(row: dict[str, Any], found: dict[str, Any]) -> float:
+    """Of shared memory, for a warp and a tile of the main loop."""
+    return float(min(row["shared_clocks"] / sass.PARTITIONS, sum(took for took, _ in found["loop"].values())))
+
+
+def traffic(kernel: Kernel, row: dict[str, Any], found: dict[str, Any]) -> str:
+    """KB that a block takes from global memory for a tile of the main loop, and moves through shared memory."""
+    size = {"f16": 2, "f64": 8}.get(kernel.dtype, 4)
+    return f"{row['cols'] * 2 * kernel.dim * size / 1024:.0f}, " + (
+        f"{wavefronts_of(row, found) * 128 * row['threads'] / 32 / 1024:.0f}"
+    )
 
 
 LIMITS = {
@@ -457,8 +474,9 @@ def tables() -> dict[str, str]:
     out = {}
     for title, target in PROFILED.items():
         lines = [
-            "| kernel | tile, threads | registers (sums) | shared, KB | blocks (limit) | products | expected | limit |",
-            "|---|---|---|---|---|---|---|---|",
+            "| kernel | tile, threads | registers (sums) | shared, KB | blocks (limit) | products | KB a tile "
+            "| expected | limit |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for kernel in profiled():
             row = known[target][str(kernel)]
@@ -467,7 +485,7 @@ def tables() -> dict[str, str]:
                 f"| {kernel} | {row['rows']} x {row['cols']}, {row['threads']} | "
                 f"{row['registers']} ({sums_of(kernel, row)}) | "
                 f"{row['bytes'] / 1024:.0f} | {row['blocks']} ({row['limit']}) | {row['share']:.0%} | "
-                f"{low:.0%} to {high:.0%} | {LIMITS[limit]} |"
+                f"{traffic(kernel, row, found[target][str(kernel)])} | {low:.0%} to {high:.0%} | {LIMITS[limit]} |"
             )
         out[title] = "\n".join(lines)
     spilled = [
@@ -480,6 +498,19 @@ def tables() -> dict[str, str]:
     count = sum(len(rows) for rows in known.values())
     out["spills"] = f"{count} rows; {len(spilled)} with local memory" + (
         ":\n\n" + head + "\n".join(spilled) if spilled else "."
+    )
+    few = [
+        (name, target, row["share"])
+        for target, rows in known.items()
+        for name, row in rows.items()
+        if by_name(name) in plain_products() and by_name(name).dtype not in TENSOR and row["share"] < 0.5
+    ]
+    out["shares"] = "\n".join(
+        [
+            "| kernel | target | products |",
+            "|---|---|---|",
+            *(f"| {name} | {t} | {share:.1%} |" for name, t, share in few),
+        ]
     )
     worst, rows = 0.0, {}
     for target, profiles in found.items():

@@ -96,6 +96,53 @@ def _correct(emu: ModuleType) -> None:
         self.last_atomic[words] = atomic
 
     launch.rd, launch.cp_commit, launch._race_write = rd, cp_commit, race_write
+    _approximate(emu.EX)
+
+
+def _approximate(functions: Any) -> None:
+    """With approx_noise=n, float32's approximations are wrong at random by about what the PTX manual allows: ex2 by n
+    ulp, rcp by 1 ulp, lg2 by 2**-22, absolute between 1/2 and 2 and relative elsewhere; results below 2**-126 are 0.
+    Taken for exact, which it does not promise: ex2 of integers, rcp and lg2 of powers of two. ptxemu's own noise is in
+    the last bits whatever the number, so that ex2(0) is not 1 and a small number may be NaN.
+    """
+    exact = {name: getattr(functions, name) for name in ("ex2", "rcp", "lg2")}
+
+    def rounded(true, error, certain):
+        with np.errstate(all="ignore"):
+            near, far = true.astype(np.float32), (true + error).astype(np.float32)
+        result = np.where(certain | ~np.isfinite(near) | (near == 0), near, far)
+        return np.where(np.abs(result) < 2.0**-126, np.copysign(np.float32(0), result), result).astype(np.float32)
+
+    def ulps(launch, true, n):
+        with np.errstate(all="ignore"):
+            step = np.spacing(np.abs(true.astype(np.float32))).astype(np.float64)
+        return launch.rng.uniform(-n, n, true.shape) * np.where(np.isfinite(step), step, 0)
+
+    def noisy(name, compute):
+        def function(launch, x, approximate):
+            x = np.asarray(x)
+            if not (approximate and launch.noise and x.dtype == np.float32):
+                return exact[name](launch, x, approximate)
+            with np.errstate(all="ignore"):
+                return compute(launch, x, x.astype(np.float64))
+
+        return staticmethod(function)
+
+    def ex2(launch, x, wide):
+        true = np.exp2(wide)
+        return rounded(true, ulps(launch, true, launch.noise), x == np.round(x))
+
+    def rcp(launch, x, wide):
+        true = 1 / wide
+        return rounded(true, ulps(launch, true, 1), np.abs(np.frexp(x)[0]) == 0.5)
+
+    def lg2(launch, x, wide):
+        true = np.log2(wide)
+        error = launch.rng.uniform(-1, 1, true.shape) * 2.0**-22
+        return rounded(true, np.where((x > 0.5) & (x < 2), error, error * true), np.frexp(x)[0] == 0.5)
+
+    for name, compute in (("ex2", ex2), ("rcp", rcp), ("lg2", lg2)):
+        setattr(functions, name, noisy(name, compute))
 
 
 # ------------------------------------------------------------------------------------------------------ reading the PTX

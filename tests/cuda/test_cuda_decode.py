@@ -86,6 +86,31 @@ def test_case(few: Case, cuda: emulator.EmulatedDevice) -> None:
     assert decodes(cuda)
 
 
+def test_packing_decides_nothing(cuda: emulator.EmulatedDevice) -> None:
+    """A row's own sequence decides which kernel computes it: short ones among long ones, batches of both, in order and
+    not, are computed as they are alone."""
+    rng = np.random.default_rng(0)
+    q_lens, kv_lens = [3, 40, 0, 8, 17, 1], [300, 300, 60, 520, 30, 1]
+    cu_q, cu_k = (np.concatenate([[0], np.cumsum(x)]) for x in (q_lens, kv_lens))
+    q = rng.standard_normal((cu_q[-1] + 2, 4, 40)).astype(np.float32)
+    k, v = (rng.standard_normal((cu_k[-1], 2, 40)).astype(np.float32) for _ in range(2))
+    shd = dict(layout="shd", causal=True, align="bottom_right", return_lse=True)
+    sinks = np.linspace(-1, 1, 4).astype(np.float32)
+    out, lse = na.attention(q, k, v, mask=na.varlen(cu_q, cu_k), sinks=sinks, **shd)
+    names = [launch.name for launch in cuda.launches]
+    assert sum("merge" in name for name in names) == 1 and sum("forward" in name for name in names) == 2
+    for n in range(len(q_lens)):
+        rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        alone = na.attention(q[rows], k[keys], v[keys], sinks=sinks, **shd)
+        assert q_lens[n] == 0 or decodes(cuda) == (2 * q_lens[n] <= decode.ROWS)
+        np.testing.assert_array_equal(out[rows], alone[0])
+        np.testing.assert_array_equal(lse[rows], alone[1])
+    assert (out[-2:] == 0).all() and (lse[-2:] == -np.inf).all()
+    b = rng.standard_normal((2, 2, 40, 8)).astype(np.float32)
+    few, mixed = (na.attention(b, b, b, mask=na.lengths([40, 33], [3, n])) for n in (3, 40))
+    np.testing.assert_array_equal(few[0], mixed[0])
+
+
 def cache_of(dtype: str, dim: int, group: int, q_len: int) -> tuple[np.ndarray, ...]:
     """A batch of caches of LENGTHS keys; behind them NaN and infinities."""
     rng = np.random.default_rng([dim, group])

@@ -76,7 +76,7 @@ class FakeBindings:
         self.CUdevice_attribute = self.CUfunction_attribute = self.CUpointer_attribute = Names()
         self.CUmemPool_attribute = self.CUmemAllocationType = self.CUmemAllocationHandleType = Names()
         self.CUmemLocationType = self.CUstreamCaptureStatus = self.CUstreamCaptureMode = self.CUjit_option = Names()
-        self.CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
+        self.CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2)
         self.cuuint64_t = int
         self.done = True  # of every event
         self.mode = self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
@@ -172,6 +172,9 @@ class FakeBindings:
 
     def _cuEventCreate(self, flags):
         return 0, f"event {len(self.calls)}"
+
+    def _cuEventElapsedTime(self, first, last):
+        return 0, 1500.0
 
     def _cuEventQuery(self, event):
         return (0,) if self.done else (600,)
@@ -465,7 +468,17 @@ def test_upload():
     cu.done = True
     device.synchronize(5)
     assert not device._held and cu.names().count("cuEventDestroy") == 2
-    large = np.zeros(driver.SMALL // 8 + 1)
+    middling = np.arange(driver.SMALL // 4 + 1.0)  # two pieces and 8 bytes
+    memory = device.upload(middling, 5)
+    copies = [call[1:] for call in cu.calls if call[0] == "cuMemcpyHtoDAsync"]
+    assert [(to - memory.address, n) for to, _, n, _ in copies] == [
+        (0, driver.SMALL), (driver.SMALL, driver.SMALL), (2 * driver.SMALL, 8),
+    ]  # fmt: skip
+    assert [source - copies[0][1] for _, source, _, _ in copies] == [0, driver.SMALL, 2 * driver.SMALL]
+    assert copies[0][1] != middling.ctypes.data and "cuStreamSynchronize" not in cu.names()
+    device.synchronize(5)
+    cu.names()
+    large = np.zeros(driver.PIECES * driver.SMALL // 8 + 1)
     memory = device.upload(large, 5)
     assert cu.one("cuMemcpyHtoDAsync") == (memory.address, large.ctypes.data, large.nbytes, 5)
     names = cu.names()
@@ -548,6 +561,16 @@ def test_order_of_streams():
         assert not cu.names()
     device.wait(1, 2)
     assert cu.one("cuEventRecord")[1] == 2 and cu.one("cuStreamWaitEvent")[0] == 1
+
+
+def test_times():
+    device, cu = fake_device()
+    first, last = device.event(5), device.event(6)
+    assert [call[1:] for call in cu.calls if call[0] == "cuEventRecord"] == [(first, 5), (last, 6)]
+    assert [call[1] for call in cu.calls if call[0] == "cuEventCreate"] == [0, 0]
+    assert device.elapsed(first, last) == 1.5  # seconds
+    assert cu.one("cuEventSynchronize") == (last,) and cu.one("cuEventElapsedTime") == (first, last)
+    assert cu.names().count("cuEventDestroy") == 2 and not cu.stack
 
 
 def test_hold():
@@ -772,6 +795,9 @@ int cuEventCreate(H *e, unsigned f) { *e = (H)0xE0; SAY("event flags %u", f); re
 int cuEventRecord(H e, H s) { SAY("record %p on %p", e, s); return 0; }
 int cuStreamWaitEvent(H s, H e, unsigned f) { SAY("%p waits for %p, %u", s, e, f); return 0; }
 int cuEventQuery(H e) { return 0; }
+int cuEventSynchronize(H e) { SAY("wait for %p", e); return 0; }
+int cuEventElapsedTime(float *ms, H a, H b) { SAY("from %p to %p", a, b); *ms = 1500; return 0; }
+int cuEventElapsedTime_v2(float *ms, H a, H b) { return cuEventElapsedTime(ms, a, b); }
 int cuThreadExchangeStreamCaptureMode(int *mode) { int before = *mode; *mode = 0; return before != 2 && before != 0; }
 int cuEventDestroy_v2(H e) { SAY("destroy %p", e); return 0; }
 int cuModuleLoadData(H *m, const char *image) { SAY("module of %.3s", image + 1); *m = (H)0x40; return 0; }
@@ -831,7 +857,8 @@ device.download(memory.address, back, 0)
 say("filled", np.isnan(back).all())
 del memory
 device.refuse_capture(5)
-large = np.arange(10000.0)
+say("elapsed", device.elapsed(device.event(0), device.event(5)))
+large = np.arange(200000.0)
 memory, back = device.upload(large, 0), np.empty_like(large)
 device.download(memory, back, 0)
 say("same", np.array_equal(large, back))
@@ -897,10 +924,19 @@ def test_through_the_real_bindings(tmp_path):
         "synchronize (nil)",
         "filled True",
         "free stream 0x5",
-        "alloc 80000 pool 0x90 stream (nil)",
-        "up 80000 (nil)",
+        "event flags 0",
+        "record 0xe0 on (nil)",
+        "event flags 0",
+        "record 0xe0 on 0x5",
+        "wait for 0xe0",
+        "from 0xe0 to 0xe0",
+        "destroy 0xe0",
+        "destroy 0xe0",
+        "elapsed 1.5",
+        "alloc 1600000 pool 0x90 stream (nil)",
+        "up 1600000 (nil)",
         "synchronize (nil)",
-        "down 80000 (nil)",
+        "down 1600000 (nil)",
         "synchronize (nil)",
         "same True",
         "context synchronize",
@@ -1011,12 +1047,41 @@ def test_nvjitlink_says_what_is_wrong():
     assert driver._assemble(INCREMENT, (9, 0))[0]  # an older target on a newer device
     for ptx, cc, message in (
         (INCREMENT.replace("add.u32", "badd.u32"), (8, 0), "Not a name of any known instruction: 'badd'"),
-        (INCREMENT.replace("7.8", "99.8"), (8, 0), "Unsupported .version 99.8"),
         (INCREMENT.replace("sm_80", "sm_90"), (8, 0), "SM version"),
         (INCREMENT, (99, 0), "ARCH"),  # a device that the library does not know
     ):
         cubin, log = driver._assemble(ptx, cc)
         assert cubin is None and log.startswith("nvJitLink: ") and message in log
+
+
+REFUSED = "ptxas application ptx input, line 2; fatal   : Unsupported .version {}; current version is '{}'"
+
+
+def test_an_older_version_of_ptx_is_tried():
+    """The compiler may be newer than the assembler: the version that it writes is then more than the code needs."""
+    newer = INCREMENT.replace(".version 7.8", ".version 9.9")
+    assert driver.older_version(newer, REFUSED.format("9.9", "9.0")) == INCREMENT.replace("7.8", "9.0")
+    assert driver.older_version(newer, "ptxas: another error") is None
+    assert driver.older_version(INCREMENT, REFUSED.format("7.8", "7.8")) is None, "the same again"
+    cubin, log = driver._assemble(newer, (8, 0))
+    if cubin is None and "nvJitLink: No module" in log:
+        pytest.skip(log)
+    assert cubin is not None, log
+
+
+def test_the_driver_gets_an_older_version_too(no_nvjitlink):
+    class Old(FakeBindings):
+        def _cuModuleLoadDataEx(self, image, n, options, values):
+            if b".version 8.4" in image:
+                return 0, "module"
+            words = REFUSED.format("9.5", "8.4").encode() + b"\0"
+            values[0][: len(words)] = words
+            return 222, None
+
+    device = driver.Device(0, Old())
+    assert device.load(INCREMENT.replace("7.8", "9.5")).handle == "function"
+    images = [call[1] for call in device._cu.calls if call[0] == "cuModuleLoadDataEx"]
+    assert [re.search(rb"version (\S+)", image)[1] for image in images] == [b"9.5", b"8.4"]
 
 
 # ---------------------------------------------------------------- the emulated device

@@ -746,6 +746,43 @@ def test_warps_in_random_order_keep_their_own_copies():
 
 
 @needs_emulator
+def test_approximations_are_as_wrong_as_on_a_gpu():
+    """Within their bounds, all over them, exact where it matters, and as rounded as can be without noise."""
+    ptx = kernel(
+        """
+        .reg .b32 %r<4>; .reg .b64 %rd<8>; .reg .f32 %f<4>;
+        ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b];
+        mov.u32 %r1, %tid.x; mad.lo.u32 %r1, %ctaid.x, 128, %r1; mul.wide.u32 %rd3, %r1, 4;
+        add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3;
+        ld.global.f32 %f1, [%rd4]; OP.approx.ftz.f32 %f2, %f1; st.global.f32 [%rd5], %f2;
+        ret;"""
+    )
+    emu, rng = mutations.emulator(), np.random.default_rng(0)
+
+    def run(op, x, noise):
+        y = np.zeros_like(x)
+        arguments = [emu.Raw(x), emu.Raw(y), np.uint32(0)]
+        emu.run(ptx.replace("OP", op), (x.size // 128,), (128,), arguments, approx_noise=noise)
+        return y
+
+    def ulps(y, true):
+        return np.abs(y - true) / np.spacing(np.abs(true.astype(np.float32)))
+
+    x = rng.uniform(-20, 20, 1024).astype(np.float32)
+    true = np.exp2(x.astype(np.float64))
+    assert ulps(run("ex2", x, 0), true).max() <= 0.5 and 1.5 < ulps(run("ex2", x, 2), true).max() <= 2.5
+    assert 0.5 < ulps(run("rcp", x, 2), 1 / x.astype(np.float64)).max() <= 1.5
+    near = rng.uniform(0.9, 1.1, 1024).astype(np.float32)
+    error = np.abs(run("lg2", near, 2) - np.log2(near.astype(np.float64)))
+    assert 2.0**-23 < error.max() < 2.0**-21.9
+    whole = np.tile(np.array([0, -1, 1, 7, -126, -127, -np.inf, -200], np.float32), 16)
+    np.testing.assert_array_equal(run("ex2", whole, 2)[:8], [1, 0.5, 2, 128, 2.0**-126, 0, 0, 0])
+    powers = np.tile(np.array([1, 2, 0.25, np.inf], np.float32), 32)
+    np.testing.assert_array_equal(run("rcp", powers, 2)[:4], [1, 0.5, 4, 0])
+    np.testing.assert_array_equal(run("lg2", powers, 2)[:4], [0, 1, -2, np.inf])
+
+
+@needs_emulator
 def test_a_survivor_in_its_context(reports):
     o = next(o for o in reports["matmul"].survived if "setp" in o.mutation.before)
     shown = mutations.context(MATMUL, o.mutation)

@@ -3,6 +3,8 @@
 arrays, streams. The first run compiles some hundred kernels, which takes longer than all the rest.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +13,15 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
+import ladder
 import test_attention
 import test_backward
 from cases import BY_NAME, CASES, DTYPES, Case, build
+from child import run_python
 from defaults import cuda_by_default
 
 import numba_attn as na
-from numba_attn.cuda import bench, driver
+from numba_attn.cuda import arrays, bench, driver, launch
 
 if (why := driver.missing()) is not None:
     pytest.skip(f"no GPU: {why}", allow_module_level=True)
@@ -85,6 +89,163 @@ def test_more_than_two_to_the_31_elements(cuda: Any) -> None:
     q = rng.standard_normal((1, 1, 64, 64)).astype(np.float16)
     out = na.attention(q, k, k, window=(0, 0), align="bottom_right")
     np.testing.assert_array_equal(out, k[:, :, -64:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_beyond_32_bits_of_bytes(dtype: str, cuda: Any) -> None:
+    """The last of many heads, 4 GiB behind the first, as it is alone."""
+    itemsize = DTYPES[dtype].itemsize
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    if min(cuda.total_memory, host) < 48 * 2**30:
+        pytest.skip("takes 48 GiB, here and there")
+    heads = 2**32 // (256 * 64 * itemsize) + 1
+    rng = np.random.default_rng(0)
+    one, dout = (rng.standard_normal((1, 1, 256, 64)).astype(DTYPES[dtype]) for _ in range(2))
+    many = np.zeros((1, heads, 256, 64), DTYPES[dtype])
+    many[:, -1:] = one
+    cotangent = np.zeros_like(many)
+    cotangent[:, -1:] = dout
+    out, pullback = na.attention_vjp(many, many, many, causal=True)
+    grads = pullback(cotangent)
+    alone, pullback = na.attention_vjp(one, one, one, causal=True)
+    for got, want in zip((out, *grads[:3]), (alone, *pullback(dout)[:3]), strict=True):
+        np.testing.assert_array_equal(got[:, -1:], want)
+        assert not got[:, :-1].any()
+
+
+def test_tf32(cuda: Any) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((2, 3, 300, 64)).astype(np.float32) for _ in range(4))
+    out, pullback = na.attention_vjp(q, k, v, causal=True, tf32=True)
+    want = na.reference.attention(q, k, v, causal=True)
+    assert 1e-6 < np.abs(out - want).max() < 5e-3
+    grads, wanted = pullback(dout), na.reference.attention_backward(dout, q, k, v, causal=True)
+    for got, want in zip(grads[:3], wanted[:3], strict=True):
+        assert np.abs(got - want).max() < 5e-3 * np.abs(want).max()
+
+
+def libraries() -> dict[str, Callable[[], tuple[Any, Any, Any]]]:
+    """name -> () -> (NumPy array -> theirs on the device, theirs -> NumPy, a stream of theirs besides the default)."""
+
+    def ours() -> Any:
+        device = driver.current()
+        there = lambda x: arrays.DeviceArray(x.shape, x.dtype, device.upload(x, 0))  # noqa: E731
+        return there, lambda x: x.copy_to_host(), None
+
+    def numba_cuda() -> Any:
+        from numba import cuda as numba
+
+        return numba.to_device, lambda x: x.copy_to_host(), numba.stream()
+
+    def torch() -> Any:
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("torch has no CUDA")
+        return lambda x: torch.from_numpy(x).cuda(), lambda x: x.cpu().numpy(), torch.cuda.Stream()
+
+    def cupy() -> Any:
+        cupy = pytest.importorskip("cupy")
+        return cupy.asarray, cupy.asnumpy, cupy.cuda.Stream(non_blocking=True)
+
+    def jax() -> Any:
+        jax = pytest.importorskip("jax")
+        if jax.default_backend() != "gpu":
+            pytest.skip("JAX has no GPU")
+        return jax.device_put, np.asarray, None
+
+    return {"ours": ours, "numba": numba_cuda, "torch": torch, "cupy": cupy, "jax": jax}
+
+
+def by_distance(s: float, b: int, h: int, i: int, j: int, table: np.ndarray) -> float:
+    return s + table[h, min(abs(i - j), 31)]
+
+
+@pytest.mark.parametrize("library", libraries())
+def test_device_arrays(library: str, cuda: Any) -> None:
+    """What a call with NumPy arrays gives, on a stream that is not the default one; halves beside them are converted on
+    the device. Many times, so that memory is used again while kernels run."""
+    there, back, stream = libraries()[library]()
+    rng = np.random.default_rng(0)
+    q, dout = (rng.standard_normal((2, 4, 130, 64)).astype(np.float16) for _ in range(2))
+    k, v = (rng.standard_normal((2, 2, 130, 64)).astype(np.float16) for _ in range(2))
+    beside = {
+        "bias": rng.standard_normal((4, 1, 130)).astype(np.float16),
+        "sinks": rng.standard_normal(4).astype(np.float16),
+        "alibi_slopes": np.linspace(0.1, 0.4, 4).astype(np.float16),
+    }
+    table = rng.standard_normal((4, 32)).astype(np.float16)
+    common = {"causal": True, "score_mod": by_distance, "aux_grad": (0,)}
+    wanted_out, pullback = na.attention_vjp(q, k, v, **common, **beside, aux=(table,))
+    wanted = pullback(dout)
+    theirs = [there(x) for x in (q, k, v, dout)]
+    options = common | {name: there(x) for name, x in beside.items()} | {"aux": (there(table),)}
+    cuda.synchronize(0)
+    for _ in range(20 if type(cuda) is driver.Device else 1):
+        out, pullback = na.attention_vjp(*theirs[:3], **options, stream=stream)
+        grads = pullback(theirs[3], stream=stream)
+        assert type(out) is type(theirs[0])
+    if stream is not None:
+        stream.synchronize()
+    np.testing.assert_array_equal(back(out), wanted_out)
+    for name in ("dq", "dk", "dv"):
+        np.testing.assert_array_equal(back(getattr(grads, name)), getattr(wanted, name), err_msg=name)
+    for name in ("dbias", "dsinks", "dalibi_slopes"):
+        np.testing.assert_allclose(back(getattr(grads, name)), getattr(wanted, name), rtol=2e-3, err_msg=name)
+    np.testing.assert_allclose(back(grads.daux[0]), wanted.daux[0], rtol=2e-3)
+
+
+LISTEN = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import emulator, numpy as np, numba_attn as na
+from numba_attn.cuda import driver
+
+class Listens(emulator.EmulatedDevice):
+    def load(self, ptx, name=None):
+        print(ptx, flush=True)
+        return driver.Function(driver.kernel_name(ptx), None, 0, 0)
+
+    def launch(self, *arguments):
+        pass
+
+device = Listens()
+device.cc, device.shared_limit = eval(sys.argv[3]), int(sys.argv[4])
+with driver.use(device):
+    for dtype in (np.float32, np.float16):
+        x = np.zeros((1, 1, 40, 64), dtype)
+        na.attention_vjp(x, x, x, causal=True, backend="cuda")[1](x)
+"""
+
+
+def test_the_kernels_are_those_that_were_verified(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sees no GPU writes the same PTX."""
+    loaded: list[str] = []
+    load = type(cuda).load
+    monkeypatch.setattr(launch, "_functions", {})
+    monkeypatch.setattr(type(cuda), "load", lambda self, ptx, name=None: loaded.append(ptx) or load(self, ptx, name))
+    for dtype in (np.float32, np.float16):
+        x = np.zeros((1, 1, 40, 64), dtype)
+        na.attention_vjp(x, x, x, causal=True)[1](x)
+    here = os.path.dirname(os.path.abspath(__file__))
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "NUMBA_ATTN_CACHE_DIR": os.devnull}  # compiled there, not read
+    done = run_python(LISTEN, os.path.dirname(here), here, repr(cuda.cc), str(cuda.shared_limit), env=hidden)
+    written = "".join(ladder.without_names(ptx) + "\n" for ptx in loaded)
+    assert len(loaded) == 8 and ladder.without_names(done.stdout) == written.rstrip("\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_beside_torch(dtype: str, cuda: Any) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA")
+    q, k, v, dout = (torch.randn(2, 4, 300, 64, device="cuda", dtype=getattr(torch, dtype)) for _ in range(4))
+    out, pullback = na.attention_vjp(q, k, v, causal=True, backend="auto")
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    wanted = torch.autograd.grad(want, leaves, dout.double())
+    bound = 1e-5 if dtype == "float32" else 2e-2
+    for x, y in zip((out, *pullback(dout)[:3]), (want, *wanted), strict=True):
+        assert (x.double() - y).abs().max() < bound * y.abs().max()
 
 
 def test_torch_arrays(cuda: Any) -> None:
