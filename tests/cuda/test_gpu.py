@@ -211,9 +211,8 @@ class Listens(emulator.EmulatedDevice):
 device = Listens()
 device.cc, device.shared_limit = eval(sys.argv[3]), int(sys.argv[4])
 with driver.use(device):
-    for dtype in (np.float32, np.float16):
-        x = np.zeros((1, 1, 40, 64), dtype)
-        na.attention_vjp(x, x, x, causal=True, backend="cuda")[1](x)
+    x = np.zeros((1, 1, 40, 64), np.float16)
+    na.attention_vjp(x, x, x, causal=True, backend="cuda")[1](x)
 """
 
 
@@ -223,14 +222,13 @@ def test_the_kernels_are_those_that_were_verified(cuda: Any, monkeypatch: pytest
     load = type(cuda).load
     monkeypatch.setattr(launch, "_functions", {})
     monkeypatch.setattr(type(cuda), "load", lambda self, ptx, name=None: loaded.append(ptx) or load(self, ptx, name))
-    for dtype in (np.float32, np.float16):
-        x = np.zeros((1, 1, 40, 64), dtype)
-        na.attention_vjp(x, x, x, causal=True)[1](x)
+    x = np.zeros((1, 1, 40, 64), np.float16)
+    na.attention_vjp(x, x, x, causal=True)[1](x)
     here = os.path.dirname(os.path.abspath(__file__))
     hidden = {"CUDA_VISIBLE_DEVICES": "", "NUMBA_ATTN_CACHE_DIR": os.devnull}  # compiled there, not read
     done = run_python(LISTEN, os.path.dirname(here), here, repr(cuda.cc), str(cuda.shared_limit), env=hidden)
     written = "".join(ladder.without_names(ptx) + "\n" for ptx in loaded)
-    assert len(loaded) == 8 and ladder.without_names(done.stdout) == written.rstrip("\n")
+    assert len(loaded) == 4 and ladder.without_names(done.stdout) == written.rstrip("\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
