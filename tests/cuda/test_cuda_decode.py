@@ -136,7 +136,8 @@ def test_caches(dim: int, group: int, dtype: str, late: bool) -> None:
     want, want_lse = na.reference.attention(q, k, v, **options)
     largest = {"float64": 4e-15, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
     np.testing.assert_allclose(out.astype(np.float64), want, rtol=0, atol=largest)
-    np.testing.assert_allclose(lse, want_lse, rtol=4e-15 if dtype == "float64" else 1e-6)
+    most = 4e-15 if dtype == "float64" else 1e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=most, atol=most)  # the scores' sums may cancel
 
 
 # ---------------------------------------------------------------- which kernel, and which parts
