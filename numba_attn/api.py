@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import plan
-from .arrays import Array, advice
+from .arrays import Array, advice, exact
 from .gradients import (
     Gradients,
     check_aux_grad,
@@ -166,7 +166,7 @@ def attention(
         ):
             key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout, causal, return_lse)
         else:
-            key = _exact(
+            key = exact(
                 (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, layout),
                 (causal, scale, softcap, window, align, return_lse, backend),
             )
@@ -637,21 +637,6 @@ _OPTIONS = (
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Of a public function's arguments those that say what attention is: the keywords of `plan.resolve`."""
     return {name: arguments[name] for name in _OPTIONS}
-
-
-def _exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is
-    no plain number."""
-    for x in settings:
-        if type(x) is tuple:
-            key = _exact((*key, len(x)), x) or ()
-            if not key:
-                return None
-        elif x is None or type(x) in (bool, int, float, str):
-            key = (*key, type(x), x)
-        else:
-            return None
-    return key
 
 
 # The kernels are imported with the first call, not with the package: checking arguments and the reference need no

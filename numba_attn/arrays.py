@@ -143,3 +143,18 @@ def real(x: Any, name: str, takes: str) -> float:
     if type(x).__name__ == "bfloat16":  # the scalar of ml_dtypes is no np.floating
         return float(x)
     raise TypeError(f"{name} is {x!r}; it takes {takes}")
+
+
+def exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is
+    no plain number."""
+    for x in settings:
+        if type(x) is tuple:
+            key = exact((*key, len(x)), x) or ()
+            if not key:
+                return None
+        elif x is None or type(x) in (bool, int, float, str):
+            key = (*key, type(x), x)
+        else:
+            return None
+    return key

@@ -48,6 +48,8 @@ class Call:
 
     on_device: the problem's arrays are shadows, NumPy views of device memory that nobody may read here.
     tf32: float32 by tensor cores.
+    steps: what was launched: function, grid, threads, bytes of shared memory, parameters and their names.
+    lasting: its own numbers on the device are for other calls as well, on any stream.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Call:
         on_device: bool,
         derivatives: bool = False,
         tf32: bool = False,
+        lasting: bool = False,
     ):
         self.problem, self.device, self.stream, self.on_device = problem, device, stream, on_device
-        self.tf32 = tf32
+        self.tf32, self.lasting = tf32, lasting
+        self.steps: list[tuple[Any, int, int, int, bytes, tuple[str, ...]]] = []
         check(problem, device)
         if tf32 and problem.dtype != np.float32:
             raise ValueError(
@@ -151,7 +155,10 @@ class Call:
 
     def small(self, x: Array) -> int:
         """The device address of a copy of an array of ours."""
-        memory = self.device.upload(np.ascontiguousarray(x), self.stream)
+        memory = self.device.upload(np.ascontiguousarray(x), 0 if self.lasting else self.stream)
+        if self.lasting:
+            self.device.synchronize(0)
+            memory.settle = True
         self.keep.append(memory)
         return int(memory.address)
 
@@ -265,6 +272,8 @@ class Call:
         reals = [self.reals[name] for name in REALS]
         params = struct.pack(f"<{len(fields)}q{len(reals)}d", *fields, *reals)
         self.device.launch(function, grid, threads, shared, params, self.stream)
+        if self.lasting:
+            self.steps.append((function, grid, threads, shared, params, f.fields))
 
     def tiles(self, rows: int) -> int:
         """Tiles of the queries of one key head, in the longest sequence."""
@@ -351,6 +360,40 @@ def bounds(
 
 REGISTERS = 65536  # of a multiprocessor; a thread has at most 255
 
+
+class Prepared:
+    """The launches of a call of `attention`, for others that differ from it in addresses alone."""
+
+    NAMES = ("q", "k", "v", "out", "lse", "parts", "part_stats")
+
+    def __init__(self, call: Call) -> None:
+        memory = call.numbers.get("parts", 0)
+        self.keep = [x for x in call.keep if x.address != memory]
+        self.workspace = next((x.nbytes for x in call.keep if x.address == memory), 0)
+        self.stats_at = call.numbers.get("part_stats", 0) - memory
+        self.steps = [
+            (*step, [(fields.index(name), name) for name in self.NAMES if name in fields])
+            for *step, fields in call.steps
+        ]
+
+    def run(self, device: Any, stream: int, addresses: dict[str, int]) -> None:
+        """addresses: of q, k, v, out and, where it is wanted, lse."""
+        memory = None
+        if self.workspace:
+            memory = device.empty(self.workspace, stream)
+            addresses = addresses | {"parts": memory.address, "part_stats": memory.address + self.stats_at}
+        for function, grid, threads, shared, params, places in self.steps:
+            own = bytearray(params)
+            for n, name in places:
+                if name in addresses:
+                    _FIELD.pack_into(own, 8 * n, addresses[name])
+            device.launch(function, grid, threads, shared, bytes(own), stream)
+        if memory is not None and not device.ordered:
+            device.hold([memory], stream)
+
+
+_FIELD = struct.Struct("<q")
+
 _functions: dict[Any, Any] = {}
 _texts: dict[Any, str] = {}
 _lock = threading.Lock()
@@ -385,13 +428,16 @@ def attention(
     on_device: bool = False,
     device: Any = None,
     tf32: bool = False,
-) -> None:
+    lasting: bool = False,
+) -> Prepared | None:
     """Write out, and lse if wanted, (B, H, S, D) and (B, H, S) views.
 
     on_device: they and the problem's arrays are shadows of device memory; the work is left on the stream.
+    lasting: what later calls need that differ in addresses alone is returned, all of them on_device; the problem has no
+        array but q, k and v.
     """
     device = driver.current() if device is None else device
-    call = Call(problem, device, stream, on_device, tf32=tf32)
+    call = Call(problem, device, stream, on_device, tf32=tf32, lasting=lasting)
     p = problem
     shape = (p.batch, p.q_heads, p.q_len, p.v_dim)
     results = [(call.result("out", shape, p.dtype, out), out)]
@@ -421,6 +467,7 @@ def attention(
     for result, target in results:
         call.fetch(result, target)
     call.finish()
+    return Prepared(call) if lasting else None
 
 
 def _decode(call: Call) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from .. import plan
-from ..arrays import Array
+from ..arrays import Array, exact
 from ..gradients import Gradients, check_aux_grad, check_cotangents, check_results
 from ..mask import Mask, Pairs
 from . import arrays, driver
 from .arrays import DeviceArray, Input, shadow
 
+VECTOR = 16  # bytes, to which kernels look whether addresses are aligned
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float64", "float32", *HALVES)
 
@@ -71,8 +72,8 @@ class _Call:
             arrays.hold(self.found)
 
 
-def _enter(options: dict[str, Any], stream: Any, **given: Any) -> _Call:
-    """Arrays by name, and the options of `attention` beside them.
+def _enter(options: dict[str, Any], stream: Any, found: dict[str, Input] | None = None, **given: Any) -> _Call:
+    """Arrays by name, and the options of `attention` beside them. found: if they were described before.
 
     Raises
     ------
@@ -93,7 +94,8 @@ def _enter(options: dict[str, Any], stream: Any, **given: Any) -> _Call:
     if isinstance(aux, (tuple, list)):
         named |= {f"aux[{n}]": x for n, x in enumerate(aux) if _is_array(x)}
 
-    found = arrays.describe_all(named, stream)
+    if found is None:
+        found = arrays.describe_all(named, stream)
     first = next(iter(found.values()))
     call = _Call(driver.current(first.device), first.stream, found, {}, options)
     call.device.refuse_capture(call.stream)
@@ -138,10 +140,72 @@ def attention(
     q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any, tf32: bool
 ) -> tuple[Any, Any]:
     """api.attention with arrays on a GPU: out, and lse or None."""
-    call = _enter(options, stream, q=q, k=k, v=v, out=out)
+    found = key = None
+    if _is_plain(options) and out is None and all(map(arrays.is_device_array, (q, k, v))):
+        found = arrays.describe_all({"q": q, "k": k, "v": v}, stream)
+        key = _key(found, options, return_lse, tf32)
+        plain = _PLAIN.get(key)
+        if plain is not None:
+            return _run(plain, found)
+    call = _enter(options, stream, found, q=q, k=k, v=v, out=out)
+    problem = call.resolve()
     with call.launching():
-        result, lse = _forward(call, call.resolve(), return_lse, tf32)
+        result, lse, prepared = _forward(call, problem, return_lse, tf32, key is not None)
+    if prepared is not None and key is not None:
+        shapes = plan.output_shape(problem), plan.lse_shape(problem) if return_lse else None
+        if len(_PLAIN) >= _MOST_PLAIN:
+            _PLAIN.clear()
+        _PLAIN[key] = _Plain(prepared, call.device, *shapes, problem.dtype, np.dtype(problem.acc))
     return _results(call, out, result, lse)
+
+
+@dataclass
+class _Plain:
+    """What a call with no array but q, k and v needs besides their addresses."""
+
+    prepared: Any
+    device: Any
+    shape: tuple[int, ...]
+    lse_shape: tuple[int, ...] | None
+    dtype: np.dtype[Any]
+    acc: np.dtype[Any]
+
+
+_PLAIN: dict[Any, _Plain] = {}
+_MOST_PLAIN = 512
+_ARRAYS = ("mask", "bias", "alibi_slopes", "sinks", "score_mod")
+_NUMBERS = ("causal", "window", "align", "scale", "softcap", "seed", "layout")
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    """Whether q, k and v are all that there is to read."""
+    if any(options[name] is not None for name in _ARRAYS):
+        return False
+    aux, dropout_p = options["aux"], options["dropout_p"]
+    return type(aux) is tuple and not aux and type(dropout_p) is float and dropout_p == 0.0
+
+
+def _key(found: dict[str, Input], options: dict[str, Any], return_lse: bool, tf32: bool) -> Any:
+    """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
+    device = driver.current(found["q"].device)
+    own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))
+    return exact(own, (*(options[name] for name in _NUMBERS), return_lse, tf32))
+
+
+def _run(plain: _Plain, found: dict[str, Input]) -> tuple[Any, Any]:
+    """A call like one before."""
+    device, stream, kind = plain.device, found["q"].stream, found["q"].kind
+    device.refuse_capture(stream)
+    result = arrays.empty(plain.shape, plain.dtype, device, stream)
+    lse = None if plain.lse_shape is None else arrays.empty(plain.lse_shape, plain.acc, device, stream)
+    addresses = {name: x.address for name, x in found.items()} | {"out": result.address}
+    if lse is not None:
+        addresses["lse"] = lse.address
+    try:
+        plain.prepared.run(device, stream, addresses)
+    finally:
+        arrays.hold(found)
+    return arrays.hand_over(result, kind), None if lse is None else arrays.hand_over(lse, kind)
 
 
 def attention_vjp(
@@ -152,7 +216,7 @@ def attention_vjp(
     problem = call.resolve()
     check_aux_grad(aux_grad, problem.aux)
     with call.launching():
-        result, lse = _forward(call, problem, True, tf32)
+        result, lse, _ = _forward(call, problem, True, tf32)
         assert lse is not None
         kept = call.copied(call.given["out"] if result is None else shadow(result), problem.dtype)
         kept_lse = call.copied(shadow(lse), lse.dtype) if return_lse else lse
@@ -160,9 +224,9 @@ def attention_vjp(
 
 
 def _forward(
-    call: _Call, problem: plan.Problem, want_lse: bool, tf32: bool
-) -> tuple[DeviceArray | None, DeviceArray | None]:
-    """out, None where the caller brought one, and lse."""
+    call: _Call, problem: plan.Problem, want_lse: bool, tf32: bool, lasting: bool = False
+) -> tuple[DeviceArray | None, DeviceArray | None, Any]:
+    """out, None where the caller brought one, lse, and what launch.attention returns."""
     from . import launch
 
     result = lse = lse_view = None
@@ -174,8 +238,8 @@ def _forward(
     if want_lse:
         lse = call.empty(plan.lse_shape(problem), problem.acc)
         lse_view = plan.bhsd_view(shadow(lse), problem.layout)
-    launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32)
-    return result, lse
+    prepared = launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32, lasting)
+    return result, lse, prepared
 
 
 def _results(call: _Call, out: Any, result: DeviceArray | None, lse: DeviceArray | None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from numba_attn.cuda import arrays, driver
 
 pytest.importorskip("numba_cuda")
 
-from numba_attn.cuda import launch
+from numba_attn.cuda import launch, on_device
 
 try:
     import ml_dtypes
@@ -792,11 +792,105 @@ def test_a_captured_stream(device, monkeypatch):
 
 def test_temporaries_where_memory_is_not_freed_in_order(device, monkeypatch):
     """They are kept until the stream has come to its end; from a pool they need not be."""
-    there = [on(device, x, InterfaceArray) for x in qkv()]
+    on_device._PLAIN.clear()
+    q, k, v = qkv()
+    there = [on(device, x, InterfaceArray) for x in (q[:, :, :3], k, v)]
     held = []
-    monkeypatch.setattr(device, "hold", lambda things, stream: held.append(things))
-    na.attention(*there)
-    assert not [m for things in held for m in things if isinstance(m, driver.Memory)]
+    monkeypatch.setattr(device, "hold", lambda things, stream: held.extend(things))
+    for _ in range(2):
+        na.attention(*there)
+    assert held and not any(isinstance(x, driver.Memory) for x in held)
     monkeypatch.setattr(device, "ordered", False)
-    na.attention(*there)
-    assert [m for things in held for m in things if isinstance(m, driver.Memory)]
+    for _ in range(2):
+        held.clear()
+        na.attention(*there)
+        assert any(isinstance(x, driver.Memory) for x in held)
+        on_device._PLAIN.clear()
+
+
+# ---------------------------------------------------------------- calls like one before
+
+
+@pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
+@pytest.mark.parametrize("sq", [SQ, 3], ids=["forward", "decode"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_call_like_one_before(device, layout, sq, kind):
+    """Goes straight to the kernels, with nothing copied to the device, and gives what the first gave."""
+    on_device._PLAIN.clear()
+    axis = layout.index("s")
+    options = dict(causal=True, align="bottom_right", layout=layout, scale=0.3, return_lse=True)
+    first = [random(B, *(n if layout == "bhsd" else n[::-1]), D, seed=9) for n in ((HQ, sq), (HKV, SK), (HKV, SK))]
+    na.attention(*on(device, first, kind), **options)
+    assert len(on_device._PLAIN) == 1
+    device.launches.clear()
+    q, k, v = (x[::-1].copy() + 1 for x in first)
+    there = on(device, [q, k, v], kind)
+    uploaded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "upload", lambda x, stream: uploaded.append(x))
+        patch.setattr(device, "synchronize", None)
+        out, lse = na.attention(*there, **options, stream=7)
+    assert not uploaded and len(on_device._PLAIN) == 1 and {x.stream for x in device.launches} == {7}
+    assert len(device.launches) == (2 if sq == 3 else 1)
+    want, want_lse = na.reference.attention(q, k, v, **options)
+    assert out.shape == want.shape and lse.shape == want_lse.shape and want.shape[axis] == sq
+    np.testing.assert_allclose(out.copy_to_host(), want, atol=1e-5)
+    np.testing.assert_allclose(lse.copy_to_host(), want_lse, atol=1e-5)
+    on_device._PLAIN.clear()
+    again, again_lse = na.attention(*there, **options)
+    np.testing.assert_array_equal(again.copy_to_host(), out.copy_to_host())
+    np.testing.assert_array_equal(again_lse.copy_to_host(), lse.copy_to_host())
+
+
+def test_calls_that_are_not_alike(device):
+    """Whatever an answer depends on tells them apart: addresses that kernels cannot read as wide, types of numbers that
+    print alike, and all that brings arrays of its own."""
+    on_device._PLAIN.clear()
+    there = on(device, qkv())
+    k, v = there[1:]
+    even, odd = on(device, [random(B, HQ, SQ, D + 1)] * 2)
+    even.shape = odd.shape = B, HQ, SQ, D
+    odd.address += 4
+    calls = [
+        (there, {}), (there, {"causal": True, "align": 0}), (there, {"causal": True, "align": 1}),
+        (there, {"window": (2, 2), "align": 0}), (there, {"scale": 1.0}), (there, {"softcap": 2.0}),
+        (there, {"return_lse": True}), (there, {"tf32": True}),
+        ((even, k, v), {}), ((odd, k, v), {}),
+        ((on(device, qkv()[0].astype(np.float64)), *(on(device, x.astype(np.float64)) for x in qkv()[1:])), {}),
+    ]  # fmt: skip
+    for n, (arrays_there, options) in enumerate(calls):
+        na.attention(*arrays_there, **options)
+        assert len(on_device._PLAIN) == n + 1
+        na.attention(*arrays_there, **options)
+        assert len(on_device._PLAIN) == n + 1
+    with pytest.raises(TypeError, match=r"^causal is 1"):
+        na.attention(*there, causal=1)
+    with pytest.raises(ValueError, match="tf32 is True and q has dtype float64"):
+        na.attention(*calls[-1][0], tf32=True)
+    for options in (
+        {"mask": na.lengths([SK, 3])},
+        {"bias": on(device, random(SQ, SK))},
+        {"sinks": on(device, random(HQ))},
+        {"score_mod": lambda s, b, h, i, j: 2.0 * s},
+        {"dropout_p": 0.5, "seed": 1},
+        {"out": on(device, np.empty((B, HQ, SQ, D), np.float32))},
+    ):
+        na.attention(*there, **options)
+        assert len(on_device._PLAIN) == len(calls), f"{options} is not plain"
+
+
+def test_what_is_kept_of_calls_is_bounded_and_given_back(device, monkeypatch):
+    on_device._PLAIN.clear()
+    gc.collect()
+    there = on(device, qkv())
+    before = sum(x is not None for x in device.hosts)
+    monkeypatch.setattr(on_device, "_MOST_PLAIN", 3)
+    for n in range(8):
+        na.attention(*there, scale=1.0 + n)
+        assert len(on_device._PLAIN) <= 3
+    kept = [x for plain in on_device._PLAIN.values() for x in plain.prepared.keep]
+    assert kept and all(x.settle for x in kept), "a kernel of any stream may be reading it when it goes"
+    del kept
+    on_device._PLAIN.clear()
+    gc.collect()
+    assert sum(x is not None for x in device.hosts) == before
