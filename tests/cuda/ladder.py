@@ -541,8 +541,10 @@ def with_tables(text: str) -> str:
     """The page with its tables made anew."""
     for name, table in tables().items():
         head = _TABLE.format(name=name)
-        before, _, rest = text.partition(head)
-        _, _, after = rest.partition(_END)
+        before, found, rest = text.partition(head)
+        old, end, after = rest.partition(_END)
+        if not found or not end or "<!--" in old:
+            raise ValueError(f"the page has no place for {name}: {head.strip()}, a line, and {_END.strip()}")
         text = before + head + table + _END + after
     return text
 
