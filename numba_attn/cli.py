@@ -158,12 +158,10 @@ def _cuda() -> str:
     from numba_attn.cuda import driver
 
     versions = f"numba-cuda {_version('numba-cuda')}"
-    if (why := driver.missing()) is not None:
-        return f"{versions}; {why}"
     try:
         device = driver.current()
-    except RuntimeError as error:
-        return f"{versions}; {error}"
+    except RuntimeError as why:
+        return f"{versions}; {why}"
     return f"{versions}; {device.name}, compute capability {device.cc[0]}.{device.cc[1]}"
 
 

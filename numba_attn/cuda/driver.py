@@ -462,8 +462,9 @@ class Device:
             # have read everything when it comes back: a call's own numbers go in pieces.
             small = array.nbytes <= PIECES * SMALL
             host = np.array(array, order="C", copy=True if small else None)
-            for n in range(0, host.nbytes, SMALL) if small else (0,):
-                size = min(SMALL, host.nbytes - n) if small else host.nbytes
+            piece = SMALL if small else host.nbytes
+            for n in range(0, host.nbytes, piece):
+                size = min(piece, host.nbytes - n)
                 result = cu.cuMemcpyHtoDAsync(memory.address + n, host.ctypes.data + n, size, stream)
                 _check(cu, result, f"copying {host.nbytes} bytes to {self.name}")
             if small:

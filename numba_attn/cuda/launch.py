@@ -371,9 +371,9 @@ class Prepared:
         self.keep = [x for x in call.keep if x.address != memory]
         self.workspace = next((x.nbytes for x in call.keep if x.address == memory), 0)
         self.stats_at = call.numbers.get("part_stats", 0) - memory
+        names = [name for name in self.NAMES if name in call.numbers]
         self.steps = [
-            (*step, [(fields.index(name), name) for name in self.NAMES if name in fields])
-            for *step, fields in call.steps
+            (*step, [(fields.index(name), name) for name in names if name in fields]) for *step, fields in call.steps
         ]
 
     def run(self, device: Any, stream: int, addresses: dict[str, int]) -> None:
@@ -385,8 +385,7 @@ class Prepared:
         for function, grid, threads, shared, params, places in self.steps:
             own = bytearray(params)
             for n, name in places:
-                if name in addresses:
-                    _FIELD.pack_into(own, 8 * n, addresses[name])
+                _FIELD.pack_into(own, 8 * n, addresses[name])
             device.launch(function, grid, threads, shared, bytes(own), stream)
         if memory is not None and not device.ordered:
             device.hold([memory], stream)

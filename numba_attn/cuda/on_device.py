@@ -21,7 +21,6 @@ from ..mask import Mask, Pairs
 from . import arrays, driver
 from .arrays import DeviceArray, Input, shadow
 
-VECTOR = 16  # bytes, to which kernels look whether addresses are aligned
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float64", "float32", *HALVES)
 
@@ -187,6 +186,8 @@ def _is_plain(options: dict[str, Any]) -> bool:
 
 def _key(found: dict[str, Input], options: dict[str, Any], return_lse: bool, tf32: bool) -> Any:
     """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
+    from .tile import VECTOR  # when it is known that there is a device
+
     device = driver.current(found["q"].device)
     own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))
     return exact(own, (*(options[name] for name in _NUMBERS), return_lse, tf32))

@@ -354,18 +354,20 @@ def wavefronts() -> dict[str, dict[str, dict[str, Any]]]:
 
 def write(targets: dict[str, dict[str, dict[str, Any]]], shared: dict[str, Any]) -> None:
     """A line for each kernel and target, so that a change shows as a line."""
-    lines = ['{"columns": ' + json.dumps(COLUMNS) + ',\n"targets": {']
-    for m, (target, rows) in enumerate(targets.items()):
-        lines.append(f'"{target}": {{')
-        body = [f"{json.dumps(name)}: {json.dumps([row[c] for c in COLUMNS])}" for name, row in sorted(rows.items())]
-        lines.append(",\n".join(body) + ("}" if m == len(targets) - 1 else "},"))
-    lines.append('},\n"shared": {')
-    for m, (target, rows) in enumerate(shared.items()):
-        lines.append(f'"{target}": {{')
-        body = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(rows.items())]
-        lines.append(",\n".join(body) + ("}" if m == len(shared) - 1 else "},"))
-    lines.append("}}")
-    STORED.write_text("\n".join(lines) + "\n")
+    columns = {
+        target: {name: [row[c] for c in COLUMNS] for name, row in rows.items()} for target, rows in targets.items()
+    }
+
+    def lines(tables: dict[str, dict[str, Any]]) -> str:
+        parts = []
+        for target, rows in tables.items():
+            body = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+            parts.append(f'"{target}": {{\n{body}}}')
+        return ",\n".join(parts)
+
+    STORED.write_text(
+        f'{{"columns": {json.dumps(COLUMNS)},\n"targets": {{\n{lines(columns)}}},\n"shared": {{\n{lines(shared)}}}}}\n'
+    )
 
 
 def measure_all(chosen: Iterable[Kernel], targets: Iterable[CC], show: Callable[[str], None] = print) -> Any:

@@ -316,7 +316,7 @@ def record(problem: Problem, dtype: str, **options: Any) -> list[Recorded]:
         if problem.on_device:
             own = {name: placed(x, device) if isinstance(x, np.ndarray) else x for name, x in own.items()}
             given = [placed(x, device) for x in given]
-            back = functools.partial(map, functools.partial(fetched, device=device))
+            back = functools.partial(map, arrays.DeviceArray.copy_to_host)
         (out, lse), pullback = na.attention_vjp(*given[:3], **own, return_lse=True, backend="cuda")
         got = [out, lse]
         if not few:
@@ -347,12 +347,6 @@ def placed(x: np.ndarray, device: Any) -> arrays.DeviceArray:
     return arrays.DeviceArray(x.shape, x.dtype, device.upload(x, 0))
 
 
-def fetched(x: arrays.DeviceArray, device: Any) -> np.ndarray:
-    host = np.empty(x.shape, x.dtype)
-    device.download(x.address, host, 0)
-    return host
-
-
 def gradients_of(grads: Any) -> list[np.ndarray]:
     found = [grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks, grads.dalibi_slopes, *(grads.daux or ())]
     return [x for x in found if x is not None]
@@ -365,7 +359,7 @@ def record_convert() -> list[Recorded]:
     with recording() as device:
         there = placed(x, device)
         result = convert.converted(arrays.shadow(there)[::2, 1:, ::-3], np.dtype(np.float32), device, 0)
-        assert (fetched(result, device) == x[::2, 1:, ::-3]).all()
+        assert (result.copy_to_host() == x[::2, 1:, ::-3]).all()
     for one in device.recorded:
         one.what = "convert"
     return device.recorded
