@@ -63,6 +63,8 @@ def check(
     """
     q, _, v = arrays
     layout = options.get("layout", "bhsd")
+    if "score_mod" in options:
+        luck = max(luck, 1.0)  # its tanh or exp is not NumPy's: a rounding of the score either way
     if out is None:
         out = poisoned((*q.shape[:-1], v.shape[-1]), q.dtype)
     else:

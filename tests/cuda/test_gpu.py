@@ -148,6 +148,7 @@ def libraries() -> dict[str, Callable[[], tuple[Any, Any, Any]]]:
         return cupy.asarray, cupy.asnumpy, cupy.cuda.Stream(non_blocking=True)
 
     def jax() -> Any:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes three quarters of the memory
         jax = pytest.importorskip("jax")
         if jax.default_backend() != "gpu":
             pytest.skip("JAX has no GPU")
