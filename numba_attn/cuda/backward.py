@@ -28,13 +28,14 @@ from .scores import (
     INNER_LOW,
     LOW,
     Features,
+    build_counted,
     build_dropout,
     build_exponent,
+    build_find,
     build_locate,
     build_modify,
-    count_of,
     exact_functions,
-    read_sequence,
+    read_narrow,
     table_bytes,
 )
 from .tile import SIZE, VECTOR
@@ -166,7 +167,7 @@ def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, An
 
     @inline
     def weight_of(s, q, given):
-        p = weight_from(s, load(add(given[5], add(stats, mul(q, 2 * size)))))
+        p = weight_from(s, load(add(given[5], add(stats, mul(q, 2 * size)))), given[1])
         return choose(p > one, one, p)  # lse is rounded
 
     @inline
@@ -193,22 +194,18 @@ def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, An
 
 
 def _stats_loader(t: Tiling, rows: int, table: int, stats: int) -> Any:
-    """(call, tid, b, count, stage): L and delta of the table's rows to shared memory; idle rows have weights 0."""
-    load, store, size = tile.load_global(t.acc, t.acc), tile.store_shared(t.acc), SIZE[t.acc]
-    number = np.float64 if t.acc == "f64" else np.float32
-    infinite, zero = number(np.inf), number(0)
-    load_row, add, mul = tile.load_row, tile.add, tile.mul
+    """(call, tid, b, count, stage): L and delta of the table's rows to shared memory, asynchronously; idle rows, whose
+    q and dout are 0, get zeros."""
+    copy, size, load_row, add, mul = tile.copy_async(SIZE[t.acc]), SIZE[t.acc], tile.load_row, tile.add, tile.mul
 
     @inline
     def load_stats(call, tid, b, count, stage):
         if tid < rows:
-            log_sum, delta = infinite, zero
-            if tid < count:
-                i, h, _, _ = load_row(add(stage, add(table, mul(tid, 16))))
-                at = b * call.stats_b + h * call.stats_h + i * size
-                log_sum, delta = load(call.log_sums + at), load(call.deltas + at)
-            store(add(stage, add(stats, mul(tid, 2 * size))), log_sum)
-            store(add(stage, add(stats + size, mul(tid, 2 * size))), delta)
+            i, h, _, _ = load_row(add(stage, add(table, mul(tid, 16))))
+            at = b * call.stats_b + h * call.stats_h + i * size
+            to = add(stage, add(stats, mul(tid, 2 * size)))
+            copy(to, call.log_sums + at, tid < count)
+            copy(add(to, size), call.deltas + at, tid < count)
 
     return load_stats
 
@@ -274,7 +271,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
     number = exact_functions(t.acc).number
     step, EVERY = _step(t, f, TABLE, STATS, False), f.every_pair
     parts = products(t)
-    corner, output_corner, weigh = parts.corner, parts.output_corner, parts.pb(t.qk_dim)
+    corner, output_corner, weigh = parts.corner, parts.output_corner, parts.pb(t.qk_dim, rescaled=False)
     clean = repairer(t, t.qk_dim, 0).clean
     copies = loaders(t, f.aligned)
     load_q, load_dout = copies.load_queries(t.qk_dim, ROWS), copies.load_queries(t.v_dim, ROWS)
@@ -284,16 +281,16 @@ def build_queries(t: Tiling, f: Features) -> Any:
     start, ones = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(regs.rows), 1.0)
     scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), o_regs)
     store_tile = tile.store_tile(o_regs, t.storage, t.stride(t.qk_dim), 2 if t.mma else VECTOR // size)
-    locate, count_rows, commit, wait_all, sync = (
+    locate, find, commit, wait_all, sync = (
         build_locate(ROWS),
-        count_of(ROWS),
+        build_find(ROWS),
         tile.commit,
         tile.wait_all,
         tile.sync,
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
     load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
-    Q_STRIDE = t.stride(t.qk_dim)
+    Q_STRIDE, sub, opaque = t.stride(t.qk_dim), tile.sub, tile.opaque
     WITH_BIAS, WITH_SLOPES = "dbias" in f.extra, "dslopes" in f.extra
     store_bias: Any = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
     by_distance = tile.mapped(_by_distance(t.acc, TABLE), regs)
@@ -305,23 +302,22 @@ def build_queries(t: Tiling, f: Features) -> Any:
         tid = thread()
         rest = udiv(block(), call.tiles)
         index = call.tiles - 1 - np.int64(urem(block(), call.tiles))
-        kv_head = np.int64(urem(rest, call.kv_heads))
-        sequence = read_sequence(call, np.int64(udiv(rest, call.kv_heads)))
+        kv_head = urem(rest, call.kv_heads)
+        sequence = read_narrow(call, np.int64(udiv(rest, call.kv_heads)))
         b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-        count = count_rows(call, q_len, index)
+        head, first_row, count = find(call, q_len, index)
         if count <= 0:
             return
-        locate(call, tid, TABLE, sequence, kv_head, index)
-        first = np.int64(mul(udiv(load_word(BOUNDS + LOW), COLS), COLS))
-        last = np.int64(load_word(BOUNDS + HIGH))
-        inner_low, inner_high = np.int64(load_word(BOUNDS + INNER_LOW)), np.int64(load_word(BOUNDS + INNER_HIGH))
-        row, col = corner(tid)
-        given = (call, reals, b, k_start, offset - q_start, 0)
+        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
+        first, last = mul(udiv(load_word(BOUNDS + LOW), COLS), COLS), load_word(BOUNDS + HIGH)
+        inner_low, inner_high = load_word(BOUNDS + INNER_LOW), load_word(BOUNDS + INNER_HIGH)
+        given = (call, reals, b, k_start, sub(offset, q_start), 0)
         k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
-        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, count, call.qk_dim)
+        where = (q_len, q_start + first_row, kv_head * call.group + head, count)
+        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, where, call.qk_dim)
         dout = call.dout + b * call.dout_b
-        load_dout(tid, DOUT, dout, call.dout_h, call.dout_s, call.dout_d, TABLE, count, call.v_dim)
+        load_dout(tid, DOUT, dout, call.dout_h, call.dout_s, call.dout_d, TABLE, where, call.v_dim)
         load_stats(call, tid, b, count, 0)
         if tid == 0:
             store_word(BOUNDS + FLAG, -1)
@@ -337,6 +333,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
             wait_all()
             sync()
             edge = EVERY or j0 < inner_low or j0 + COLS > inner_high
+            row, col = corner(opaque(tid))
             _, ds, capped, _ = step(tid, edge, row, add(j0, col), given, Q, K, DOUT, V)
             if WITH_BIAS:
                 store_bias(ds, row, add(j0, col), given)
@@ -354,6 +351,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
                     clean(tid, K)
             dq = weigh(tid, dq, ones(), capped, K, P)
 
+        row, col = corner(opaque(tid))
         if WITH_SLOPES and col == 0:
             store_slopes(slopes, row, (call, b, count))
         dq = scale_all(dq, 0, 0, reals)
@@ -418,7 +416,7 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
     step, EVERY = _step(t, f, TABLE, STATS, True), f.every_pair
     parts = products(t)
     corner, output_corner = parts.corner, parts.output_corner
-    weigh_k, weigh_v = parts.pb(t.qk_dim), parts.pb(t.v_dim)
+    weigh_k, weigh_v = parts.pb(t.qk_dim, rescaled=False), parts.pb(t.v_dim, rescaled=False)
     clean = repairer(t, t.qk_dim, 0).clean
     guard = repairer(t, t.v_dim, places["bad"])
     clear_bad, repair, spoil = guard.clear, guard.repair, guard.spoil
@@ -434,54 +432,69 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
     vector = 2 if t.mma else VECTOR // size
     put_k = tile.store_tile(k_regs, t.storage, t.stride(t.qk_dim), vector)
     put_v = tile.store_tile(v_regs, t.storage, t.stride(t.v_dim), vector)
-    locate, count_rows, commit, wait_all, sync = (
-        build_locate(COLS),
-        count_of(COLS),
+    locate, counted, commit, wait_all, sync = (
+        build_locate(COLS, ordered=False),
+        build_counted(COLS),
         tile.commit,
         tile.wait_all,
         tile.sync,
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
+    sub, narrow, opaque = tile.sub, tile.narrow, tile.opaque
     load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
     K_STRIDE, V_STRIDE = t.stride(t.qk_dim), t.stride(t.v_dim)
     DK, DV = with_dk, with_dv
-    BAD_Q, BAD_DOUT = FLAG, FLAG + 4  # behind the first stage's table: the last tile that was bad, counted from 1
+    BAD_Q, BAD_DOUT = FLAG, FLAG + 4  # behind the first stage's table: the last turn whose tile was bad
     STAGES, STAGE = t.stages, places["stage"]
     needed = tile_needed(COLS)
 
     @inline
-    def next_tile(call, sequence, index, j0):
-        """The first tile of queries from `index` on that may see the keys."""
-        found = call.tiles
-        while index < call.tiles and found == call.tiles:
-            count = count_rows(call, sequence[2], index)
-            if count > 0 and needed(call, sequence, index, count, j0, j0 + ROWS):
-                found = index
-            index += 1
-        return found
+    def behind(head, tile_row, q_len):
+        """The next tile."""
+        tile_row = add(tile_row, COLS)
+        if q_len >= COLS and tile_row >= q_len:
+            return add(head, 1), narrow(0)
+        return head, tile_row
 
     @inline
-    def fetch(call, tid, stage, sequence, kv_head, index):
+    def next_tile(call, sequence, head, tile_row, j0):
+        """The first tile of queries from (head, tile_row) on that may see the keys, and how many it holds: 0 behind the
+        last."""
+        q_len = sequence[2]
+        count, found = narrow(counted(call, q_len, head, tile_row)), narrow(0)
+        while count > 0 and found == 0:
+            if needed(call, sequence, tile_row, count, j0, j0 + ROWS):
+                found = count
+            else:
+                head, tile_row = behind(head, tile_row, q_len)
+                count = narrow(counted(call, q_len, head, tile_row))
+        return head, tile_row, found
+
+    @inline
+    def fetch(call, tid, stage, sequence, kv_head, head, tile_row, count):
         """A tile of queries on its way to a stage."""
-        b, q_len = sequence[0], sequence[2]
-        count = count_rows(call, q_len, index)
-        locate(call, tid, add(TABLE, stage), sequence, kv_head, index)
+        tid = opaque(tid)
+        b, q_start, q_len = sequence[0], sequence[1], sequence[2]
+        locate(call, tid, add(TABLE, stage), sequence, kv_head, head, tile_row, count)
+        if q_len < COLS:
+            sync()  # others read the table
         table, q, dout = add(TABLE, stage), call.q + b * call.q_b, call.dout + b * call.dout_b
-        load_q(tid, add(Q, stage), q, call.q_h, call.q_s, call.q_d, table, count, call.qk_dim)
-        load_dout(tid, add(DOUT, stage), dout, call.dout_h, call.dout_s, call.dout_d, table, count, call.v_dim)
-        commit()
+        where = (q_len, q_start + tile_row, kv_head * call.group + head, count)
+        load_q(tid, add(Q, stage), q, call.q_h, call.q_s, call.q_d, table, where, call.qk_dim)
+        load_dout(tid, add(DOUT, stage), dout, call.dout_h, call.dout_s, call.dout_d, table, where, call.v_dim)
         load_stats(call, tid, b, count, stage)
+        commit()
 
     def keys(call, reals):
         tid = thread()
         rest = udiv(block(), call.key_tiles)
-        j0 = np.int64(urem(block(), call.key_tiles)) * ROWS  # the first keys of a causal call have the most queries
-        kv_head = np.int64(urem(rest, call.kv_heads))
-        sequence = read_sequence(call, np.int64(udiv(rest, call.kv_heads)))
-        b, q_start, _q_len, k_start, k_len, offset, _prefix = sequence
+        j0 = mul(urem(block(), call.key_tiles), ROWS)  # the first keys of a causal call have the most queries
+        kv_head = urem(rest, call.kv_heads)
+        of = udiv(rest, call.kv_heads)
+        sequence = read_narrow(call, np.int64(of))
+        b, _, _, k_start, k_len, _, _ = sequence
         if j0 >= k_len:
             return
-        row, col = corner(tid)
         k_base = call.k + b * call.k_b + kv_head * call.k_h + (k_start + j0) * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + (k_start + j0) * call.v_s
         load_k(tid, K, k_base, call.k_s, call.k_d, k_len - j0, call.qk_dim)
@@ -493,43 +506,48 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
             store_word(BOUNDS + BAD_DOUT, 0)
 
         dk, dv = start_k(), start_v()
-        # index is the tile of this turn, following that of the next one, which is on its way meanwhile.
-        index, following, stage = call.tiles, np.int64(-1), np.int64(0)
-        while following < call.tiles:
-            following = next_tile(call, sequence, following + 1, j0)
+        # A turn is a tile of queries, which is there. The next one, `count` queries from (head, tile_row) on, is on its
+        # way meanwhile: turn 0 has nothing else to do.
+        head, tile_row, turn, stage = narrow(0), narrow(-COLS), narrow(0), narrow(0)
+        count, there = narrow(0), True
+        while there:
+            sequence = read_narrow(call, np.int64(opaque(of)))
+            b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
+            head, tile_row = behind(head, tile_row, q_len)
+            head, tile_row, count = next_tile(call, sequence, head, tile_row, j0)
             wait_all()
             sync()  # the tile is there, and the one before was read
-            if STAGES == 2 and following < call.tiles:
-                fetch(call, tid, STAGE - stage, sequence, kv_head, following)
-            if index < call.tiles:
+            if STAGES == 2 and count > 0:
+                fetch(call, tid, sub(STAGE, stage), sequence, kv_head, head, tile_row, count)
+            if turn > 0:
                 bounds = add(BOUNDS, stage)
-                low, high = np.int64(load_word(add(bounds, LOW))), np.int64(load_word(add(bounds, HIGH)))
+                low, high = load_word(add(bounds, LOW)), load_word(add(bounds, HIGH))
                 if low < j0 + ROWS and high > j0:
-                    inner_low = np.int64(load_word(add(bounds, INNER_LOW)))
-                    inner_high = np.int64(load_word(add(bounds, INNER_HIGH)))
+                    inner_low, inner_high = load_word(add(bounds, INNER_LOW)), load_word(add(bounds, INNER_HIGH))
                     q, dout = add(Q, stage), add(DOUT, stage)
+                    row, col = corner(opaque(tid))
                     given = (call, reals, b, k_start, offset - q_start, stage)
                     edge = EVERY or j0 < inner_low or j0 + ROWS > inner_high
                     p, _, ds, bits = step(tid, edge, add(j0, row), col, given, K, q, V, dout)
                     if edge:
                         if DK and not finite_q(tid, q):
-                            shared_max(BOUNDS + BAD_Q, index + 1)
+                            shared_max(BOUNDS + BAD_Q, turn)
                         if DV and not finite_dout(tid, dout):
-                            shared_max(BOUNDS + BAD_DOUT, index + 1)
+                            shared_max(BOUNDS + BAD_DOUT, turn)
                         sync()
-                        if DV and load_word(BOUNDS + BAD_DOUT) == index + 1:
+                        if DV and load_word(BOUNDS + BAD_DOUT) == turn:
                             repair(tid, row, col, bits, dout)
-                        if DK and load_word(BOUNDS + BAD_Q) == index + 1:
+                        if DK and load_word(BOUNDS + BAD_Q) == turn:
                             clean(tid, q)
                     if DV:
                         dv = weigh_v(tid, dv, ones(), p, dout, P)
                     if DK:
                         dk = weigh_k(tid, dk, ones(), ds, q, P)
-            if STAGES == 1 and following < call.tiles:
+            if STAGES == 1 and count > 0:
                 sync()  # the tile was read
-                fetch(call, tid, stage, sequence, kv_head, following)
-            index = following
-            stage = STAGE - stage if STAGES == 2 else stage
+                fetch(call, tid, stage, sequence, kv_head, head, tile_row, count)
+            turn, there = add(turn, 1), count > 0
+            stage = sub(STAGE, stage) if STAGES == 2 else stage
 
         wait_all()
         sync()  # K and V were read: the results leave through their places
@@ -542,6 +560,7 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
                 dv = spoil(dv, row_o, col_o, 0)
             put_v(dv, add(V, add(mul(row_o, V_STRIDE), mul(col_o, size))))
         sync()
+        b, _, _, k_start, k_len, _, _ = read_narrow(call, np.int64(opaque(of)))
         to_k = call.dk + b * call.dk_b + kv_head * call.dk_h + (k_start + j0) * call.dk_s
         to_v = call.dv + b * call.dv_b + kv_head * call.dv_h + (k_start + j0) * call.dv_s
         if DK:
@@ -553,18 +572,15 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
 
 
 def tile_needed(rows: int) -> Any:
-    """(call, sequence, index, count, low, high) -> whether tile `index` of queries may see a key in low : high, from
-    causal and window bounds alone: what is asked before a tile is looked at."""
-    udiv = tile.udiv
+    """(call, sequence, row, count, low, high) -> whether the tile of queries that begins at `row` may see a key in low
+    : high, from causal and window bounds alone: what is asked before a tile is looked at."""
 
     @inline
-    def needed(call, sequence, index, count, low, high):
+    def needed(call, sequence, row, count, low, high):
         _, _, q_len, _, _, offset, prefix = sequence
-        first, last = 0, q_len - 1
+        first, last = np.int64(0), q_len - 1
         if q_len >= rows:
-            tiles = np.int64(udiv(q_len + (rows - 1), rows))
-            first = (index - np.int64(udiv(index, tiles)) * tiles) * rows
-            last = first + count - 1
+            first, last = row, row + count - 1
         if call.left >= 0 and first + offset - call.left >= high:
             return False
         end = last + offset

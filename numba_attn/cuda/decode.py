@@ -28,7 +28,7 @@ from ..online import LN2, LOG2E
 from ..online import build as build_online
 from . import tile
 from .compile import inline
-from .scores import Features, build_locate, count_of, exact_functions, read_sequence, table_bytes
+from .scores import Features, build_find, build_locate, exact_functions, read_sequence, table_bytes
 from .tile import SIZE, VECTOR, Registers
 from .tiling import Tiling
 
@@ -159,7 +159,7 @@ def build_merge(t: Tiling, f: Features) -> Any:
     warp_sum, load, store = tile.warp_sum(t.acc), tile.load_global(t.acc, t.acc), tile.store_global(t.acc)
     load_shared, store_shared = tile.load_shared(t.acc, t.acc), tile.store_shared(t.acc)
     store_o = tile.store_global(t.storage)
-    locate, count_rows, load_row, sync = build_locate(t.rows), count_of(t.rows), tile.load_row, tile.sync
+    locate, find, load_row, sync = build_locate(t.rows), build_find(t.rows), tile.load_row, tile.sync
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
 
     def merge(call, reals):
@@ -169,9 +169,10 @@ def build_merge(t: Tiling, f: Features) -> Any:
         row, rest = np.int64(urem(rest, call.part_rows)), udiv(rest, call.part_rows)
         kv_head, of = np.int64(urem(rest, call.kv_heads)), np.int64(udiv(rest, call.kv_heads))
         sequence = read_sequence(call, of)
-        if row >= count_rows(call, sequence[2], 0):
+        head, first_row, count = find(call, sequence[2], np.int64(0))
+        if row >= count:
             return
-        locate(call, tid, TABLE, sequence, kv_head, 0)
+        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
         i, h, first, end = load_row(add(TABLE, mul(row, 16)))
         low, high = np.int64(udiv(first, KEYS)), np.int64(udiv(add(end, KEYS - 1), KEYS))
         n, step = find_states(call, of, kv_head)

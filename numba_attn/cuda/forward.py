@@ -24,11 +24,11 @@ from .scores import (
     Features,
     build_dropout,
     build_exponent,
+    build_find,
     build_locate,
     build_modify,
-    count_of,
     exact_functions,
-    read_sequence,
+    read_narrow,
     table_bytes,
 )
 from .tile import SIZE, VECTOR
@@ -76,11 +76,12 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     guard = repairer(t, t.v_dim, places["bad"])
     clear_bad, repair, spoil = guard.clear, guard.repair, guard.spoil
     row_max, row_sum = tile.row_max(s_regs), tile.row_sum(s_regs)
-    larger = tile.each_row(lambda m, x: maximum(m, largest(x)), s_regs)
+    tops = tile.row_mapped(lambda x, row, reals: largest(x, reals), s_regs)
+    larger = tile.each_row(_raised(t.mma, number, choose, maximum), s_regs)
     alphas = tile.each_row(lambda old, new: rescale(old, new), s_regs)
     exponent = build_exponent(f, t.acc)
     weight, largest = exponent.weight, exponent.largest
-    weights = tile.with_row(lambda x, m: weight(x, safe(m)), s_regs)
+    weights = tile.with_row_given(lambda x, m, reals: weight(x, safe(m), reals), s_regs)
     running = tile.each_row(lambda x, y: x * y, s_regs)
     plus = tile.each_row(lambda x, y: x + y, s_regs)
     inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), s_regs)
@@ -90,6 +91,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(s_regs.rows), 0.0)
     start_m, no_bits = tile.filled(t.acc, len(s_regs.rows), float("-inf")), tile.no_bits(s_regs.size)
     hidden_bits = tile.hidden_bits(s_regs)
+    RAW, suspect, spoilt = f.raw, tile.suspect(s_regs), tile.mapped(lambda x, row, col, given: x + (x - x), s_regs)
     # The result leaves through the queries' place, states through the values' if they are wider than the queries.
     LEAVE, kind = (V, t.acc) if split and t.mma else (Q, t.storage)
     LEAVE_SIZE, LEAVE_STRIDE = SIZE[kind], t.v_dim * SIZE[kind] + VECTOR
@@ -102,15 +104,16 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
         copies.load(t.v_dim, COLS),
     )
     store_o, finite_v = copies.store_queries(t.v_dim, ROWS), copies.finite(t.v_dim, COLS)
-    locate, count_rows, commit, wait_all, sync = (
+    locate, find, commit, wait_all, sync = (
         build_locate(ROWS),
-        count_of(ROWS),
+        build_find(ROWS),
         tile.commit,
         tile.wait_all,
         tile.sync,
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
-    load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
+    load_word, store_word, shared_max, narrow = tile.load_word, tile.store_word, tile.shared_max, tile.narrow
+    sub, opaque = tile.sub, tile.opaque
     dropped, DROPOUT = build_dropout(s_regs, parts.element, TABLE, False), f.dropout
     scaled_where = tile.scaled_where(s_regs)
     EVERY, SPLIT, find_part, find_states = f.every_pair, split, decode.find_part, decode.find_states
@@ -124,29 +127,28 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
         tid = thread()
         rest = udiv(block(), call.tiles)
         index = call.tiles - 1 - np.int64(urem(block(), call.tiles))  # the longest rows of a causal call first
-        kv_head = np.int64(urem(rest, call.kv_heads))
+        kv_head = urem(rest, call.kv_heads)
         of = np.int64(udiv(rest, call.kv_heads))
         if SPLIT:
             of, part = find_part(call, of)
-        sequence = read_sequence(call, of)
+        sequence = read_narrow(call, of)
         b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-        count = count_rows(call, q_len, index)
+        head, first_row, count = find(call, q_len, index)
         if count <= 0:
             return
-        locate(call, tid, TABLE, sequence, kv_head, index)
-        first = np.int64(mul(udiv(load_word(BOUNDS + LOW), COLS), COLS))
-        last = np.int64(load_word(BOUNDS + HIGH))
+        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
+        first, last = mul(udiv(load_word(BOUNDS + LOW), COLS), COLS), load_word(BOUNDS + HIGH)
+        inner_low, inner_high = load_word(BOUNDS + INNER_LOW), load_word(BOUNDS + INNER_HIGH)
         if SPLIT:
-            first, last = max(first, part * SPLIT), min(last, part * SPLIT + SPLIT)
+            first, last = narrow(max(first, part * SPLIT)), narrow(min(last, part * SPLIT + SPLIT))
             if first >= last:
                 return
-        inner_low, inner_high = np.int64(load_word(BOUNDS + INNER_LOW)), np.int64(load_word(BOUNDS + INNER_HIGH))
-        row, col = corner(tid)
-        given = (call, reals, b, k_start, offset - q_start, 0)
+        given = (call, reals, b, k_start, sub(offset, q_start), 0)
 
         k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
-        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, count, call.qk_dim)
+        where = (q_len, q_start + first_row, kv_head * call.group + head, count)
+        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, where, call.qk_dim)
         if first < last:
             load_k(tid, K, k_base + first * call.k_s, call.k_s, call.k_d, k_len - first, call.qk_dim)
         commit()
@@ -160,18 +162,21 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
             sync()  # K is there, and V of the block before was read
             load_v(tid, V, v_base + j0 * call.v_s, call.v_s, call.v_d, k_len - j0, call.v_dim)
             commit()
+            row, col = corner(opaque(tid))
             s = scores(tid, Q, K)
             edge = EVERY or j0 < inner_low or j0 + COLS > inner_high
             if edge:
                 s = partial(s, row, add(j0, col), given)
             else:
                 s = whole(s, row, add(j0, col), given)
-            m_new = larger(m, row_max(s))
+                if RAW and suspect(s):  # an infinite feature has no finite answer: NaN
+                    s = spoilt(s, row, col, given)
+            m_new = larger(m, tops(row_max(s), row, reals))
             alpha = alphas(m, m_new)
             bits = no_bits()
             if edge:
                 bits = hidden_bits(s)
-            p = weights(s, m_new)
+            p = weights(s, m_new, reals)
             m = m_new
             l = plus(running(l, alpha), row_sum(p))
             if DROPOUT:
@@ -189,6 +194,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
                     repair(tid, row, col, bits, V)
             o = weigh(tid, o, alpha, p, V, P)
 
+        row, col = corner(opaque(tid))
         if SPLIT:
             n, step = find_states(call, of, kv_head)
             states = (call, n + part, step, count)
@@ -217,6 +223,19 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
             store_o(tid, Q, call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, TABLE, count, call.v_dim)
 
     return forward
+
+
+# A row's weights may be up to 2**LAZY: m stays where it is until a score is so much larger, so that o is rescaled once
+# or twice and not for every tile. What each row does is its own affair.
+LAZY = 8
+
+
+def _raised(lazy: bool, number: Any, choose: Any, maximum: Any) -> Any:
+    """(m, top) -> the new m. Not lazy: the kernels without tensor cores, which rescale while they multiply."""
+    if not lazy:
+        return lambda m, top: maximum(m, top)
+    by = number(LAZY)
+    return lambda m, top: choose(top <= m + by, m, top)
 
 
 def _divided(acc: str) -> Any:

@@ -143,6 +143,7 @@ class Call:
             score_table=size,
             dropout=p.dropout_p > 0,
             derivatives=derivatives,
+            positive=1e-30 < self.reals["scale"] < 1e30,
         )
 
     def take(self, part: Problem) -> None:
@@ -285,7 +286,9 @@ class Call:
     def tiling(self, kernel: str, memory: Callable[[Tiling], dict[str, int]]) -> Tiling:
         p = self.problem
         tf32 = self.tf32 and kernel != "decode"
-        t = choose(kernel, self.storage, p.qk_dim, p.v_dim, memory, self.device.shared_limit, tf32)
+        device = self.device
+        sizes = p.qk_dim, p.v_dim, memory, device.shared_limit
+        t = choose(kernel, self.storage, *sizes, tf32, self.features.options, device.cc)
         if t is None:
             raise ValueError(
                 f"q has head size {p.qk_dim} and v {p.v_dim} in {p.dtype}: the CUDA kernels have no tile for these "
@@ -347,13 +350,13 @@ def bounds(
 ) -> int | tuple[int, int]:
     """The launch bounds of a kernel: threads of a block, or those and the blocks for which a multiprocessor must have
     registers at least. Where nothing is said, ptxas may save registers for more blocks than shared memory allows, and
-    spill for them: so it did for dQ on sm_100 and sm_120, for decode (forward with split keys, in more) in float64 on
-    sm_80 and sm_90, and for these sums."""
+    spill for them: so it did for dQ on sm_100 and sm_120, for forward in float64 on sm_120, for decode (forward with
+    split keys, in more) in float64 on sm_80 and sm_90, for dK and dV in tf32 on sm_80, and for these sums."""
     if build in (sums.build_bias, sums.build_aux):
         return threads, 1
-    if build is backward.build_queries and t is not None:
-        return threads, 3 if t.size == 2 and max(t.qk_dim, t.v_dim) <= 64 else REGISTERS // (256 * threads)
-    if build is forward.build and more:
+    if build in (backward.build_queries, backward.build_keys) and t is not None:
+        return threads, REGISTERS // (256 * threads)
+    if build is forward.build and t is not None and (more or t.size == 8):
         return threads, REGISTERS // (256 * threads)
     return threads
 
@@ -615,7 +618,7 @@ def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
     """The gradient, in its dtype, of a bias of this shape that is broadcast along some axis. f: as for dQ."""
     p, n, bias = call.problem, call.numbers, call.problem.bias
     assert bias is not None
-    t = call.tiling("queries", sums.memory_bias)
+    t = call.tiling("sums", sums.memory_bias)
     sum_rows, sum_keys = shape[2] == 1, shape[3] == 1
     row_tiles, key_tiles = -(-p.q_len // t.rows), -(-p.kv_len // t.cols)
     own = shape[0], shape[1], 1 if sum_rows else row_tiles, 1 if sum_keys else key_tiles
@@ -684,7 +687,7 @@ def _aux_sums(call: Call, f: Features, asked: tuple[bool, ...]) -> tuple[Result 
     for x, (memory, _, _) in enumerate(buffers):
         call.device.fill(memory, 0, call.stream)
         n[f"aux_sums{x}"] = memory.address
-    t = call.tiling("queries", sums.memory_aux)
+    t = call.tiling("sums", sums.memory_aux)
     n |= {"tiles": call.tiles(t.rows), "aux_limb": limb, "limb": limb}
     mod = sums.with_score(modifiers.mod_function(_plain(p.score_mod), call.acc, p.aux))
     f = replace(f, score_mod=mod, extra=sums.aux_fields(len(which)))

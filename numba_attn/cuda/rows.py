@@ -129,13 +129,15 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
         return rows_in
 
     def load_queries(dim: int, rows: int) -> Any:
-        """(tid, to, base, stride_h, stride_s, stride_d, table, valid, real): the rows that the table names."""
-        stride = t.stride(dim)
+        """(tid, to, base, stride_h, stride_s, stride_d, table, where, real): the rows of a tile of queries. where:
+        (queries of the sequence, first query, its head, queries of the tile); those of a short sequence are where the
+        table says, others lie one after the other."""
+        stride, straight = t.stride(dim), load(dim, rows)
         if aligned:
             units = dim // per
 
             @inline
-            def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
+            def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
                 for n in range(tid, rows * units, threads):
                     row = udiv(n, units)
                     unit = sub(n, mul(row, units))
@@ -147,7 +149,7 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
         else:
 
             @inline
-            def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
+            def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
                 for n in range(tid, rows * dim, threads):
                     row = udiv(n, dim)
                     col = sub(n, mul(row, dim))
@@ -157,6 +159,14 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
                         base + h * stride_h + i * stride_s + col * stride_d,
                         row < valid and col < real,
                     )
+
+        @inline
+        def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, where, real):
+            q_len, query, head, count = where
+            if q_len < rows:
+                scattered(tid, to, base, stride_h, stride_s, stride_d, table, count, real)
+            else:
+                straight(tid, to, base + head * stride_h + query * stride_s, stride_s, stride_d, count, real)
 
         return queries_in
 

@@ -50,6 +50,7 @@ class Features:
     score_table: int = 0
     dropout: bool = False
     derivatives: bool = False  # score_mod returns (score, derivative)
+    positive: bool = True  # the scale is a positive number: the largest product is the largest score
     extra: tuple[str, ...] = ()  # more fields: see CALL
 
     @property
@@ -58,9 +59,19 @@ class Features:
         return bool(self.bias or self.slopes or self.masks or self.segments or self.mask_mods or self.score_mod)
 
     @property
+    def options(self) -> bool:
+        """Whether more is done with a score than scaling and hiding it by its position."""
+        return self.every_pair or self.softcap or self.dropout
+
+    @property
     def natural(self) -> bool:
         """Whether scores are in natural units, not in log2 units: `build_exponent` tells them apart."""
         return bool(self.bias or self.slopes or self.score_mod)
+
+    @property
+    def raw(self) -> bool:
+        """Whether scores stay products, and the scale joins the difference from the maximum in one FMA."""
+        return self.positive and not self.softcap and not self.natural
 
     @property
     def call_type(self) -> Any:
@@ -106,81 +117,127 @@ def table_bytes(rows: int) -> int:
     return rows * ROW_BYTES + TABLE_WORDS
 
 
-def build_locate(rows: int) -> Callable[..., Any]:
-    """locate(call, tid, table, sequence, kv_head, index): fills the table for tile `index` of a (sequence, key head)
-    of tiles of `rows` queries. Ends with a barrier; the caller makes sure that nobody reads the old one any more.
+def build_find(rows: int) -> Any:
+    """find(call, q_len, index) -> (head, row, count) of tile `index` of a (sequence, key head): its first row in its
+    head of the group, and how many queries it holds; 0 behind the last tile. A short sequence's heads lie side by side:
+    head is then 0 and row counts through all of them."""
+    udiv, counted = tile.udiv, build_counted(rows)
+
+    @inline
+    def find(call, q_len, index):
+        if q_len < rows:
+            return np.int64(0), index * rows, counted(call, q_len, np.int64(0), index * rows)
+        tiles = np.int64(udiv(q_len + (rows - 1), rows))
+        head = np.int64(udiv(index, tiles))
+        row = (index - head * tiles) * rows
+        return head, row, counted(call, q_len, head, row)
+
+    return find
+
+
+def build_counted(rows: int) -> Any:
+    """(call, q_len, head, row) -> the queries of the tile that begins there; none behind the last."""
+
+    @inline
+    def counted(call, q_len, head, row):
+        if q_len < rows:
+            return min(rows, call.group * q_len - row)
+        if head >= call.group:  # a longer sequence has as many tiles
+            return np.int64(0)
+        return min(rows, q_len - row)
+
+    return counted
+
+
+@inline
+def _keys_of(call, sequence, row):
+    """The keys from first to end that the call's own numbers leave to a query of the sequence; both grow with row."""
+    _, _, _, _, k_len, offset, prefix = sequence
+    i = row + offset
+    first, end = 0, k_len
+    if call.left >= 0:
+        first = max(first, i - call.left)
+    if call.has_prefix:
+        end = min(end, max(prefix, i + 1))
+    if call.right >= 0:
+        end = min(end, i + call.right + 1)
+    return first, end
+
+
+def build_bounds(rows: int) -> Any:
+    """(call, sequence, row, count) -> (low, high, inner low, inner high) of a tile: keys that some row sees are from
+    low to high, those from inner low to inner high every row sees. Of a call without bounds of each query's own."""
+    keys_of = _keys_of
+
+    @inline
+    def bounds(call, sequence, row, count):
+        q_len, k_len = sequence[2], sequence[4]
+        last = row + count - 1
+        if q_len < rows:
+            row, last = np.int64(0), q_len - 1
+        low, inner_high = keys_of(call, sequence, row)
+        inner_low, high = keys_of(call, sequence, last)
+        if low >= inner_high or inner_low >= high:  # the first or the last row sees nothing: neither is a whole tile
+            inner_low, inner_high = k_len, np.int64(0)
+        return min(low, k_len), max(high, 0), inner_low, inner_high
+
+    return bounds
+
+
+def build_locate(rows: int, ordered: bool = True) -> Callable[..., Any]:
+    """locate(call, tid, table, sequence, kv_head, head, row, count): fills the table for the tile of queries that
+    `find` has found. The caller makes sure that nobody reads the old one any more.
+
+    Ends with a barrier; not ordered: only where queries have bounds of their own, else the caller's next one serves.
     """
     store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
     shared_min, shared_max, sync, udiv, load = tile.shared_min, tile.shared_max, tile.sync, tile.udiv, tile.load_i64
-    bounds = rows * ROW_BYTES
+    at_bounds, bounds, keys_of, ORDERED = rows * ROW_BYTES, build_bounds(rows), _keys_of, ordered
 
     @inline
-    def locate(call, tid, table, sequence, kv_head, index):
-        b, q_start, q_len, k_start, k_len, offset, prefix = sequence
-        at = add(table, bounds)
+    def locate(call, tid, table, sequence, kv_head, head, row, count):
+        b, q_start, q_len, k_start, k_len, _, _ = sequence
+        at = add(table, at_bounds)
+        own = call.start != 0  # bounds of each query's own
         if tid == 0:
-            store_word(add(at, LOW), k_len)
-            store_word(add(at, HIGH), 0)
-            store_word(add(at, INNER_LOW), 0)
-            store_word(add(at, INNER_HIGH), k_len)
-        sync()
+            low, high, inner_low, inner_high = k_len, np.int64(0), np.int64(0), k_len
+            if not own:
+                low, high, inner_low, inner_high = bounds(call, sequence, row, count)
+            store_word(add(at, LOW), low)
+            store_word(add(at, HIGH), high)
+            store_word(add(at, INNER_LOW), inner_low)
+            store_word(add(at, INNER_HIGH), inner_high)
+        if own:
+            sync()
         if tid < rows:
+            i, h, there = row + tid, head, tid < count
             if q_len < rows:  # short: the queries of a group's heads lie side by side
-                p = index * rows + tid
-                there = p < call.group * q_len
-                p = min(p, call.group * q_len - 1)
-                head = np.int64(udiv(p, q_len))
-                row = p - head * q_len
-            else:  # a tile lies in one head
-                tiles = np.int64(udiv(q_len + (rows - 1), rows))
-                head = np.int64(udiv(index, tiles))
-                row = (index - head * tiles) * rows + tid
-                there = row < q_len
-                row = min(row, q_len - 1)
-            i = row + offset
-            head += kv_head * call.group
-            first, end = 0, k_len
-            if call.left >= 0:
-                first = max(first, i - call.left)
-            if call.has_prefix:
-                end = min(end, max(prefix, i + 1))
-            if call.right >= 0:
-                end = min(end, i + call.right + 1)
-            if call.start != 0:
-                to = b * call.bounds_b + head * call.bounds_h + (q_start + row) * call.bounds_s
+                i = min(i, call.group * q_len - 1)
+                h = np.int64(udiv(i, q_len))
+                i -= h * q_len
+            i = min(i, q_len - 1)
+            h += kv_head * call.group
+            first, end = keys_of(call, sequence, i)
+            if own:
+                to = b * call.bounds_b + h * call.bounds_h + (q_start + i) * call.bounds_s
                 first = max(first, load(call.start + to) - k_start)
                 end = min(end, load(call.end + to) - k_start)
             if not there:  # an idle row: it sees nothing, and asks for nothing
                 first = end = 0
             elif first >= end:
                 first = end = 0
-                shared_min(add(at, INNER_HIGH), 0)
-            else:
+                if own:
+                    shared_min(add(at, INNER_HIGH), 0)
+            elif own:
                 shared_min(add(at, LOW), first)
                 shared_max(add(at, HIGH), end)
                 shared_max(add(at, INNER_LOW), first)
                 shared_min(add(at, INNER_HIGH), end)
-            store_row(add(table, mul(tid, ROW_BYTES)), q_start + row, head, first, end)
-        sync()
+            store_row(add(table, mul(tid, ROW_BYTES)), q_start + i, h, first, end)
+        if ORDERED or own:
+            sync()
 
     return locate
-
-
-def count_of(rows: int) -> Any:
-    """(call, q_len, index) -> the queries that tile `index` of a (sequence, key head) holds; none behind its last."""
-    udiv = tile.udiv
-
-    @inline
-    def count(call, q_len, index):
-        if q_len < rows:
-            return min(rows, call.group * q_len - index * rows)
-        tiles = np.int64(udiv(q_len + (rows - 1), rows))
-        head = np.int64(udiv(index, tiles))
-        if head >= call.group:  # a longer sequence has as many tiles
-            return 0
-        return min(rows, q_len - (index - head * tiles) * rows)
-
-    return count
 
 
 @inline
@@ -196,6 +253,14 @@ def read_sequence(call, n):
         tile.load_i64(at + 40),
         tile.load_i64(at + 48),
     )
+
+
+@inline
+def read_narrow(call, n):
+    """The same, of 32 bits but for the prefix: for a loop that has no register to spare."""
+    narrow = tile.narrow
+    b, q_start, q_len, k_start, k_len, offset, prefix = read_sequence(call, n)
+    return narrow(b), narrow(q_start), narrow(q_len), narrow(k_start), narrow(k_len), narrow(offset), prefix
 
 
 def exact_functions(acc: str) -> SimpleNamespace:
@@ -233,24 +298,31 @@ def exact_functions(acc: str) -> SimpleNamespace:
 
 
 def build_exponent(features: Features, acc: str) -> SimpleNamespace:
-    """weight(score, m) = 2**(score - m) and largest(score): scores as `build_modify` gives them, m and largest in log2
-    units.
+    """weight(score, m, reals) = 2**(score - m) and largest(score, reals): scores as `build_modify` gives them, m and
+    largest in log2 units.
 
     A product that is rounded with the difference is as exact as a difference of natural scores would be: what m is off
     by is the same for a row's weights and their sum.
     """
     functions = exact_functions(acc)
-    exp2, log2e, multiply_add = functions.exp2, functions.number(LOG2E), tile.multiply_add
+    exp2, log2e, multiply_add, number = functions.exp2, functions.number(LOG2E), tile.multiply_add, functions.number
+    if features.raw:
+        return SimpleNamespace(
+            weight=inline(lambda x, m, reals: exp2(multiply_add(x, number(reals.scale), -m))),
+            largest=inline(lambda x, reals: x * number(reals.scale)),
+        )
     if features.natural:
         return SimpleNamespace(
-            weight=inline(lambda x, m: exp2(multiply_add(x, log2e, -m))), largest=inline(lambda x: x * log2e)
+            weight=inline(lambda x, m, reals: exp2(multiply_add(x, log2e, -m))),
+            largest=inline(lambda x, reals: x * log2e),
         )
-    return SimpleNamespace(weight=inline(lambda x, m: exp2(x - m)), largest=inline(lambda x: x))
+    return SimpleNamespace(weight=inline(lambda x, m, reals: exp2(x - m)), largest=inline(lambda x, reals: x))
 
 
 def build_modify(features: Features, acc: str, table: int, swapped: bool = False) -> SimpleNamespace:
     """whole(x, row, col, given) and partial(x, row, col, given): a product's element -> its score, -inf for exactly
-    the hidden pairs; whole is for tiles of which every pair is seen.
+    the hidden pairs; whole is for tiles of which every pair is seen. Where features.raw a score is the product, and
+    whole leaves it as it is: an infinite one is the caller's to find (`tile.suspect`).
 
     row is the query's place in the tile, col the key counted from the sequence's start; swapped: the other way round.
     given: (call, reals, batch, k_start, what to add to a query's array index for its position, where the table lies
@@ -267,13 +339,15 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     load_row, add, mul, inside, choose = tile.load_row, tile.add, tile.mul, tile.inside, tile.choose
     seen, changed = _seen(f, at), _changed(f, at, acc)
     multiply_add = tile.multiply_add
-    softcap, every = f.softcap, f.every_pair
+    softcap, every, raw = f.softcap, f.every_pair, f.raw
     mod_slope, cap_slope = f.derivatives and f.score_mod is not None, f.derivatives and f.softcap
 
     @inline
     def scaled(x, reals):
         """(score, derivative of softcap)"""
         # x - x is 0, or NaN: an infinite feature has no finite answer, and -inf must not pass for a hidden pair.
+        if raw:
+            return x + (x - x), one
         x = multiply_add(x, number(reals.scale), x - x)
         if softcap:
             t = tanh(x)
@@ -292,6 +366,8 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
 
     @inline
     def whole_pair(x, q, j, given):
+        if raw:
+            return returned(x, one, one)
         x, cap = scaled(x, given[1])
         return returned(x, one, cap)
 

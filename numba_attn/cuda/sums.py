@@ -31,9 +31,9 @@ from .scores import (
     LOW,
     Features,
     build_dropout,
+    build_find,
     build_locate,
     build_modify,
-    count_of,
     read_sequence,
     table_bytes,
 )
@@ -502,7 +502,7 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
     copies = loaders(t, f.aligned)
     load_q, load_dout = copies.load_queries(t.qk_dim, ROWS), copies.load_queries(t.v_dim, ROWS)
     load_k, load_v = copies.load(t.qk_dim, COLS), copies.load(t.v_dim, COLS)
-    load_stats, locate, count_rows = _stats_loader(t, ROWS, TABLE, STATS), build_locate(ROWS), count_of(ROWS)
+    load_stats, locate, find = _stats_loader(t, ROWS, TABLE, STATS), build_locate(ROWS), build_find(ROWS)
     thread, block, udiv, urem, add, mul, sub = (
         tile.thread,
         tile.block,
@@ -522,10 +522,10 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
         kv_head = np.int64(urem(rest, call.kv_heads))
         sequence = read_sequence(call, np.int64(udiv(rest, call.kv_heads)))
         b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-        count = count_rows(call, q_len, index)
+        head, first_row, count = find(call, q_len, index)
         if count <= 0:
             return
-        locate(call, tid, TABLE, sequence, kv_head, index)
+        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
         first = np.int64(mul(udiv(load_word(BOUNDS + LOW), COLS), COLS))
         last = np.int64(load_word(BOUNDS + HIGH))
         if first >= last:
@@ -534,9 +534,10 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
         given = (call, reals, b, k_start, offset - q_start, 0)
         k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
-        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, count, call.qk_dim)
+        where = (q_len, q_start + first_row, kv_head * call.group + head, count)
+        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, where, call.qk_dim)
         dout = call.dout + b * call.dout_b
-        load_dout(tid, DOUT, dout, call.dout_h, call.dout_s, call.dout_d, TABLE, count, call.v_dim)
+        load_dout(tid, DOUT, dout, call.dout_h, call.dout_s, call.dout_d, TABLE, where, call.v_dim)
         load_stats(call, tid, b, count, 0)
 
         own = urem(tid, ROWS)  # the row of this thread's pairs

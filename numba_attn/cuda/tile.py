@@ -231,6 +231,47 @@ def hidden_bits(regs: Registers) -> Any:
 
 
 @cache
+def other_than_one(regs: Registers) -> Any:
+    """(x) -> whether any of one number a row is not 1."""
+    one = ir.Constant(FLOATS[regs.acc][0], 1.0)
+
+    @intrinsic
+    def other_than_one(typingctx, x):
+        def codegen(context, builder, sig, args):
+            found = ir.Constant(I1, 0)
+            for value in unpack(builder, args[0], len(regs.rows)):
+                found = builder.or_(found, builder.fcmp_unordered("!=", value, one))
+            return found
+
+        return types.boolean(regs.row_type), codegen
+
+    return other_than_one
+
+
+@cache
+def suspect(regs: Registers) -> Any:
+    """(tile) -> whether an element may be infinite or NaN, for half an instruction an element: the sum of products of
+    neighbours is finite unless one of them is not, or they are of the order of the largest number's root."""
+    kind, chains = FLOATS[regs.acc][0], 4
+
+    @intrinsic
+    def suspect(typingctx, x):
+        def codegen(context, builder, sig, args):
+            elements = unpack(builder, args[0], regs.size)
+            one = ir.Constant(kind, 1.0)
+            sums = [ir.Constant(kind, 0.0)] * chains
+            for n, at in enumerate(range(0, regs.size, 2)):
+                x, y = [*elements[at : at + 2], one][:2]
+                sums[n % chains] = fma(builder, x, y, sums[n % chains])
+            total = builder.fadd(builder.fadd(sums[0], sums[1]), builder.fadd(sums[2], sums[3]))
+            return builder.fcmp_unordered("!=", builder.fsub(total, total), ir.Constant(kind, 0.0))
+
+        return types.boolean(regs.type), codegen
+
+    return suspect
+
+
+@cache
 def bit(n: int) -> Any:
     """(words, k) -> bit k of n, k a run-time number."""
 
@@ -414,6 +455,23 @@ def with_row(fn: Callable[..., Any], regs: Registers) -> Any:
         return regs.type(tile, x), codegen
 
     return with_row
+
+
+def with_row_given(fn: Callable[..., Any], regs: Registers) -> Any:
+    """(tile, x, context) -> fn(element, x of its row, context)."""
+    scalar = FLOATS[regs.acc][1]
+
+    @intrinsic
+    def with_row_given(typingctx, tile, x, given):
+        def codegen(context, builder, sig, args):
+            tile, x = unpack(builder, args[0], regs.size), unpack(builder, args[1], len(regs.rows))
+            inner = scalar(scalar, scalar, sig.args[2])
+            new = [context.compile_internal(builder, fn, inner, [tile[e], x[a], args[2]]) for e, a, _ in regs]
+            return context.make_tuple(builder, sig.return_type, new)
+
+        return regs.type(tile, x, given), codegen
+
+    return with_row_given
 
 
 def with_rows(fn: Callable[..., Any], regs: Registers) -> Any:
@@ -759,6 +817,11 @@ thread, block = _special("tid.x"), _special("ctaid.x")
 add, sub, mul, udiv, urem, bit_and, bit_or = map(_ints, ("add", "sub", "mul", "udiv", "urem", "and_", "or_"))
 shift_left = _ints("shl")
 narrow = _scalar(types.int32, lambda builder, a: as_i32(builder, a), 1)
+# (x) -> x, of which LLVM knows nothing: what follows from it is computed where it stands, not before the loop, where it
+# would take registers through all of it.
+opaque = _scalar(
+    types.int32, lambda builder, x: _asm(builder, I32, "mov.b32 $0, $1;", "=r,r", [as_i32(builder, x)], effect=True), 1
+)
 inside = _scalar(  # low <= x < high, of 32-bit integers
     types.boolean,
     lambda builder, x, low, high: builder.and_(
@@ -803,6 +866,29 @@ def copy_rows(rows: int, per_pass: int, stride: int) -> Any:
         return types.void(to, address, step, row, valid), codegen
 
     return copy_rows
+
+
+@cache
+def copy_async(size: int) -> Any:
+    """(to, address, there): 4, 8 or 16 bytes from global to shared memory, 0 if they are not there. Asynchronous."""
+
+    def code(builder, to, address, there):
+        text = f"cp.async.ca.shared.global [$0], [$1], {size}, $2;"
+        copy = [shared_address(builder, as_i32(builder, to)), address, builder.select(there, i32(size), i32(0))]
+        _asm(builder, VOID, text, "r,l,r,~{memory}", copy, effect=True)
+
+    return _scalar(types.void, code, 3)
+
+
+def _any_lane(builder, flag):
+    kind = ir.LiteralStructType([I32, I1])
+    name = "llvm.nvvm.vote.sync"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [I32, I32, I1]), name)
+    call = builder.call(function, [i32(-1), i32(1), flag], attrs=("convergent",))
+    return builder.extract_value(call, 1)
+
+
+any_lane = _scalar(types.boolean, _any_lane, 1)  # (flag) -> whether it is set in any lane of the warp: all of them ask
 
 
 def _exp2(builder, x):

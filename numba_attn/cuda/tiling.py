@@ -132,28 +132,32 @@ def products(t: Tiling) -> SimpleNamespace:
 
         return of
 
-    def pb(dim: int):
-        """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers."""
+    def pb(dim: int, rescaled: bool = True):
+        """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers. Not rescaled: alpha is 1."""
         stride, regs = t.stride(dim), t.output(dim)
         if t.mma and t.storage == "f32":
             product = tile.tf32_pb(regs, scores, stride)
-            rescale = tile.with_row(_times, regs)
+            rescale, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
                 lane = urem(tid, 32)
                 at = add(add(b, mul(urem(lane, 4), 2 * stride)), mul(udiv(lane, 4), 4))
-                return product(rescale(o, alpha), p, at)
+                if rescaled and any_lane(changes(alpha)):
+                    o = rescale(o, alpha)
+                return product(o, p, at)
 
         elif t.mma:
             product = tile.mma_pb(regs, scores, t.storage, stride)
-            rescale = tile.with_row(_times, regs)
+            rescale, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
                 lane = urem(tid, 32)
                 at = add(add(b, mul(urem(lane, 16), stride)), mul(udiv(lane, 16), 16))
-                return product(rescale(o, alpha), p, at)
+                if rescaled and any_lane(changes(alpha)):
+                    o = rescale(o, alpha)
+                return product(o, p, at)
 
         else:
             p_stride, sync_warp = t.p_stride, tile.sync_warp
@@ -196,10 +200,13 @@ def _times(x, y):
 # else the first that fits. Of some 60 shapes that were compiled these promise most, by the lesser of U / slowest and
 # warps a quarter x U / sum (docs/cuda.md): in float32 at head size 128 on an H100 0.53 of the peak for forward (64 x
 # 32: 0.43), 0.44 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32: 0.40).
+#
+# In half precision they are the fastest on an H200 of those, seven or more for each line, that spill nothing: mostly
+# warps of 32 rows, in blocks as small as 64 threads. docs/cuda.md has what the others took.
 _Shape = tuple[int, int, int, int, int]
 _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
     ("forward", "half"): [
-        (64, [(128, 128, 64, 0, 1)]),
+        (64, [(128, 128, 96, 0, 1)]),
         (128, [(128, 128, 32, 0, 1)]),
         (256, [(128, 64, 32, 0, 1)]),
     ],
@@ -219,13 +226,14 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
         (256, [(128, 16, 16, 16, 1), (128, 16, 8, 8, 1)]),
     ],
     ("queries", "half"): [
-        (128, [(128, 64, 64, 0, 1)]),
-        (256, [(128, 64, 32, 0, 1), (128, 64, 16, 0, 1)]),
+        (64, [(64, 64, 48, 0, 1)]),
+        (128, [(64, 64, 32, 0, 1)]),
+        (256, [(256, 128, 64, 0, 1), (128, 64, 32, 0, 1), (128, 64, 16, 0, 1)]),
     ],
     ("keys", "half"): [
-        (64, [(128, 64, 64, 0, 2)]),
-        (128, [(128, 64, 32, 0, 2)]),
-        (256, [(128, 64, 16, 0, 2), (128, 64, 16, 0, 1)]),
+        (64, [(256, 128, 128, 0, 2), (128, 64, 64, 0, 2)]),
+        (128, [(128, 64, 64, 0, 2), (128, 64, 32, 0, 2)]),
+        (256, [(128, 64, 32, 0, 1), (128, 64, 16, 0, 1)]),
     ],
     ("forward", "tf32"): [
         (64, [(128, 128, 64, 0, 1)]),
@@ -273,6 +281,31 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
         (256, [(128, 16, 16, 16, 1), (64, 8, 8, 8, 2), (64, 8, 8, 8, 1)]),
     ],
 }
+# Tried first on compute capability 9: what ptxas finds registers for there, and not, by 8 to 80 bytes, elsewhere.
+_HOPPER: dict[tuple[str, str, int], list[_Shape]] = {
+    ("forward", "half", 128): [(128, 128, 64, 0, 1)],
+    ("queries", "half", 64): [(64, 64, 64, 0, 1)],
+}
+# What a call asks for besides takes registers, which spill from the tiles above: these have some to spare.
+_OPTIONS: dict[str, list[tuple[int, list[_Shape]]]] = {
+    "forward": [
+        (64, [(128, 128, 64, 0, 1)]),
+        (128, [(128, 128, 32, 0, 1)]),
+        (256, [(128, 64, 32, 0, 1)]),
+    ],
+    "queries": [
+        (128, [(128, 64, 64, 0, 1)]),
+        (256, [(128, 64, 32, 0, 1), (128, 64, 16, 0, 1)]),
+    ],
+    "keys": [
+        (64, [(128, 64, 64, 0, 2)]),
+        (128, [(128, 64, 32, 0, 2)]),
+        (256, [(128, 64, 16, 0, 2), (128, 64, 16, 0, 1)]),
+    ],
+    "decode": _TABLES["decode", "half"],
+}
+_TABLES |= {(kernel, "half with options"): table for kernel, table in _OPTIONS.items()}
+_TABLES |= {("sums", kind): _TABLES["queries", kind] for kind in ("f32", "f64", "tf32", "half with options")}
 LARGEST = 256  # head size
 WARPS = 8  # of a multiprocessor, two in each quarter: enough, if need be, for one to wait while the other works
 RESERVED = 1024  # bytes of shared memory that the driver takes for each block
@@ -294,12 +327,18 @@ def choose(
     memory: Callable[[Tiling], dict[str, int]],
     limit: int,
     tf32: bool = False,
+    options: bool = False,
+    cc: tuple[int, int] | None = None,
 ) -> Tiling | None:
     """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory and a
-    multiprocessor RESERVED more; None where there is none. tf32: tensor cores for float32."""
-    kind = "tf32" if tf32 and storage == "f32" else storage if storage in ("f32", "f64") else "half"
+    multiprocessor RESERVED more; None where there is none. tf32: tensor cores for float32; options: Features.options,
+    which the kernels of sums always have; cc: the compute capability, None for any."""
+    half = "half with options" if options or kernel == "sums" else "half"
+    kind = "tf32" if tf32 and storage == "f32" else storage if storage in ("f32", "f64") else half
     for largest, shapes in _TABLES[kernel, kind]:
         fits = []
+        if cc is not None and cc[0] == 9:
+            shapes = _HOPPER.get((kernel, kind, largest), []) + shapes
         for threads, rows, cols, across, stages in shapes if max(qk_dim, v_dim) <= largest else ():
             t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, qk_dim, v_dim), stages)
             size = memory(t)["size"]

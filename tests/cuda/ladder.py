@@ -135,7 +135,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     limit = SHARED[cc] * 1024
 
     def tile_of(name: str, memory: Any) -> Any:
-        return tiling.choose(name, storage, kernel.dim, kernel.dim, memory, limit, kernel.dtype == "tf32")
+        tf32 = kernel.dtype == "tf32"
+        return tiling.choose(name, storage, kernel.dim, kernel.dim, memory, limit, tf32, f.options, cc)
 
     def done(
         make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None, build: Any = None, more: Any = ()
@@ -153,7 +154,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     what = kernel.what
     if what == "forward":
         t = tile_of("forward", forward.memory)
-        return t and done(lambda: forward.build(t, f), f, t.threads, forward.memory(t)["size"], t)
+        build, shared = forward.build, t and forward.memory(t)["size"]
+        return t and done(lambda: build(t, f), f, t.threads, shared, t, build)
     if what == "decode":
         t, f = tile_of("decode", forward.memory), replace(f, extra=decode.EXTRA)
         build, more, shared = forward.build, (decode.KEYS,), t and forward.memory(t)["size"]
@@ -179,15 +181,16 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     if what.startswith("keys"):
         t, f = tile_of("keys", backward.memory_keys), replace(f, extra=backward.EXTRA)
         which = what != "keys-dv", what != "keys-dk"
-        return t and done(lambda: backward.build_keys(t, f, *which), f, t.threads, backward.memory_keys(t)["size"], t)
+        build, shared = backward.build_keys, t and backward.memory_keys(t)["size"]
+        return t and done(lambda: build(t, f, *which), f, t.threads, shared, t, build)
     if what.startswith("bias-"):
-        t = tile_of("queries", sums.memory_bias)
+        t = tile_of("sums", sums.memory_bias)
         f = replace(f, bias="f32", extra=sums.BIAS)
         over = what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")
         build, shared = sums.build_bias, t and sums.memory_bias(t)["size"]
         return t and done(lambda: build(t, f, *over, "f64"), f, t.threads, shared, t, build)
     if what == "aux":
-        t, aux = tile_of("queries", sums.memory_aux), (np.zeros((16, 4), np.float32),)
+        t, aux = tile_of("sums", sums.memory_aux), (np.zeros((16, 4), np.float32),)
         mod = sums.with_score(modifiers.mod_function(t5, acc, aux))
         table = len(modifiers.aux_numbers([(0, a.shape, a.strides) for a in aux]))
         f = replace(f, score_mod=mod, score_table=table, extra=sums.aux_fields(1))

@@ -15,7 +15,7 @@ from numba_attn.cuda.tile import VECTOR
 KERNELS = {"forward": forward.memory, "queries": backward.memory_queries, "keys": backward.memory_keys}
 # kernel -> whose tiles it has, and what it keeps in them
 MEMORY = {name: (name, memory) for name, memory in KERNELS.items()} | {
-    "decode": ("decode", forward.memory), "bias": ("queries", sums.memory_bias), "aux": ("queries", sums.memory_aux),
+    "decode": ("decode", forward.memory), "bias": ("sums", sums.memory_bias), "aux": ("sums", sums.memory_aux),
 }  # fmt: skip
 HEAD_SIZES = range(1, tiling.LARGEST + 1)
 PAIRS = list(itertools.product((1, 16, 59, 64, 100, 128, 192, 256), repeat=2))  # (Dk, Dv)
