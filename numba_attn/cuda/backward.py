@@ -39,7 +39,7 @@ from .scores import (
     table_bytes,
 )
 from .tile import SIZE, VECTOR
-from .tiling import Tiling, products
+from .tiling import Tiling, placed, products
 
 # Fields besides scores.CALL. log_sums and deltas are L and delta, (B, Hq, Sq) each, with the strides stats_*.
 EXTRA = (
@@ -51,17 +51,9 @@ DBIAS = ("dbias", "dbias_b", "dbias_h", "dbias_i", "dbias_j")
 DSLOPES = ("dslopes",)  # a number for each row, (B, Hq, Sq) with the strides stats_*
 
 
-def _places(sizes: dict[str, int]) -> dict[str, int]:
-    at, places = 0, {}
-    for name, size in sizes.items():
-        places[name] = at
-        at += -(-size // VECTOR) * VECTOR
-    return {**places, "size": at}
-
-
 def memory_queries(t: Tiling) -> dict[str, int]:
     """Shared memory of the kernel of dQ."""
-    return _places(
+    return placed(
         {
             "table": table_bytes(t.rows),
             "stats": t.rows * 2 * SIZE[t.acc],
@@ -76,7 +68,7 @@ def memory_queries(t: Tiling) -> dict[str, int]:
 
 def memory_keys(t: Tiling) -> dict[str, int]:
     """Shared memory of the kernel of dK and dV: what is of a tile of queries is there once for each stage."""
-    stage = _places(
+    stage = placed(
         {
             "table": table_bytes(t.cols),
             "stats": t.cols * 2 * SIZE[t.acc],
@@ -85,7 +77,7 @@ def memory_keys(t: Tiling) -> dict[str, int]:
         }
     )
     bytes_of_stage = stage.pop("size")
-    rest = _places(
+    rest = placed(
         {
             "stages": t.stages * bytes_of_stage,
             "k": t.rows * t.stride(t.qk_dim),

@@ -32,25 +32,22 @@ from .scores import (
     table_bytes,
 )
 from .tile import SIZE, VECTOR
-from .tiling import Tiling, products
+from .tiling import Tiling, placed, products
 
 
 def memory(t: Tiling) -> dict[str, int]:
     """Where things lie in shared memory, and its size."""
     wide = max(t.qk_dim, t.v_dim)  # the result leaves through the queries' place
-    sizes = {
-        "table": table_bytes(t.rows),
-        "q": t.rows * t.stride(wide),
-        "k": t.cols * t.stride(t.qk_dim),
-        "v": t.cols * t.stride(t.v_dim),
-        "p": t.p_bytes,
-        "bad": (t.rows + t.cols) * bitmap_words(t.v_dim) * 4,
-    }
-    at, places = 0, {}
-    for name, size in sizes.items():
-        places[name] = at
-        at += -(-size // VECTOR) * VECTOR
-    return {**places, "size": at}
+    return placed(
+        {
+            "table": table_bytes(t.rows),
+            "q": t.rows * t.stride(wide),
+            "k": t.cols * t.stride(t.qk_dim),
+            "v": t.cols * t.stride(t.v_dim),
+            "p": t.p_bytes,
+            "bad": (t.rows + t.cols) * bitmap_words(t.v_dim) * 4,
+        }
+    )
 
 
 def build(t: Tiling, f: Features, split: int = 0) -> Any:
@@ -81,13 +78,13 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     alphas = tile.each_row(lambda old, new: rescale(old, new), s_regs)
     exponent = build_exponent(f, t.acc)
     weight, largest = exponent.weight, exponent.largest
-    weights = tile.with_row_given(lambda x, m, reals: weight(x, safe(m), reals), s_regs)
+    weights = tile.with_row(lambda x, m, reals: weight(x, safe(m), reals), s_regs)
     running = tile.each_row(lambda x, y: x * y, s_regs)
     plus = tile.each_row(lambda x, y: x + y, s_regs)
     inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), s_regs)
     divided = tile.with_rows(_divided(t.acc), o_regs)
     log_sums = tile.each_row(lambda m, l: choose(l == zero, minus_inf, (safe(m) + log2(l)) * ln2), s_regs)
-    scale_rows = tile.with_row(lambda x, y: x * y, o_regs)
+    scale_rows = tile.with_row(lambda x, y, _: x * y, o_regs)
     start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(s_regs.rows), 0.0)
     start_m, no_bits = tile.filled(t.acc, len(s_regs.rows), float("-inf")), tile.no_bits(s_regs.size)
     hidden_bits = tile.hidden_bits(s_regs)
@@ -206,7 +203,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
                 alpha = alphas(m, m_new)
                 m = m_new
                 l = plus(running(l, alpha), sink_weight(m, row, given))
-                o = scale_rows(o, alpha)
+                o = scale_rows(o, alpha, 0)
             o = divided(o, l, inverse(l, l))
             if call.lse != 0 and col == 0:
                 write_lse(log_sums(m, l), row, (call, b, count))

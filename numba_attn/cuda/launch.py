@@ -285,10 +285,17 @@ class Call:
 
     def tiling(self, kernel: str, memory: Callable[[Tiling], dict[str, int]]) -> Tiling:
         p = self.problem
-        tf32 = self.tf32 and kernel != "decode"
-        device = self.device
-        sizes = p.qk_dim, p.v_dim, memory, device.shared_limit
-        t = choose(kernel, self.storage, *sizes, tf32, self.features.options, device.cc)
+        t = choose(
+            kernel,
+            self.storage,
+            p.qk_dim,
+            p.v_dim,
+            memory,
+            self.device.shared_limit,
+            tf32=self.tf32 and kernel != "decode",
+            options=self.features.options,
+            cc=self.device.cc,
+        )
         if t is None:
             raise ValueError(
                 f"q has head size {p.qk_dim} and v {p.v_dim} in {p.dtype}: the CUDA kernels have no tile for these "
@@ -354,9 +361,8 @@ def bounds(
     split keys, in more) in float64 on sm_80 and sm_90, for dK and dV in tf32 on sm_80, and for these sums."""
     if build in (sums.build_bias, sums.build_aux):
         return threads, 1
-    if build in (backward.build_queries, backward.build_keys) and t is not None:
-        return threads, REGISTERS // (256 * threads)
-    if build is forward.build and t is not None and (more or t.size == 8):
+    wide = build is forward.build and (more or (t is not None and t.size == 8))
+    if wide or build in (backward.build_queries, backward.build_keys):
         return threads, REGISTERS // (256 * threads)
     return threads
 

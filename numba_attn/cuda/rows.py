@@ -85,7 +85,7 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
     """Copies of rows between global and shared memory by all threads of a block."""
     size, threads, per = t.size, t.threads, VECTOR // t.size
     add, mul, udiv, sub = tile.add, tile.mul, tile.udiv, tile.sub
-    copy_one, copy_element, load_row = tile.copy_rows(1, 1, 0), tile.copy_element(size), tile.load_row
+    load_row, wide_in, element_in = tile.load_row, tile.copy_async(VECTOR), tile.copy_element(size)
     wide_out, element_out = tile.copy_out(VECTOR), tile.copy_out(size)
     finite_vector = tile.finite_vector(t.storage)
 
@@ -120,7 +120,7 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
                 for n in range(tid, rows * dim, threads):
                     row = udiv(n, dim)
                     col = sub(n, mul(row, dim))
-                    copy_element(
+                    element_in(
                         add(to, add(mul(row, stride), mul(col, size))),
                         base + row * stride_s + col * stride_d,
                         row < valid and col < real,
@@ -133,32 +133,20 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
         (queries of the sequence, first query, its head, queries of the tile); those of a short sequence are where the
         table says, others lie one after the other."""
         stride, straight = t.stride(dim), load(dim, rows)
-        if aligned:
-            units = dim // per
+        units = dim // per if aligned else dim
+        step, numbers = (VECTOR, per) if aligned else (size, 1)
+        copy = wide_in if aligned else element_in
 
-            @inline
-            def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
-                for n in range(tid, rows * units, threads):
-                    row = udiv(n, units)
-                    unit = sub(n, mul(row, units))
-                    i, h, _, _ = load_row(add(table, mul(row, 16)))
-                    there = row < valid and unit * per < real
-                    address = base + h * stride_h + i * stride_s + unit * VECTOR
-                    copy_one(add(to, add(mul(row, stride), mul(unit, VECTOR))), address, 0, 0, 1 if there else 0)
-
-        else:
-
-            @inline
-            def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
-                for n in range(tid, rows * dim, threads):
-                    row = udiv(n, dim)
-                    col = sub(n, mul(row, dim))
-                    i, h, _, _ = load_row(add(table, mul(row, 16)))
-                    copy_element(
-                        add(to, add(mul(row, stride), mul(col, size))),
-                        base + h * stride_h + i * stride_s + col * stride_d,
-                        row < valid and col < real,
-                    )
+        @inline
+        def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
+            for n in range(tid, rows * units, threads):
+                row = udiv(n, units)
+                unit = sub(n, mul(row, units))
+                i, h, _, _ = load_row(add(table, mul(row, 16)))
+                there = row < valid and unit * numbers < real
+                address = base + h * stride_h + i * stride_s
+                address += unit * VECTOR if aligned else unit * stride_d
+                copy(add(to, add(mul(row, stride), mul(unit, step))), address, there)
 
         @inline
         def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, where, real):

@@ -150,8 +150,9 @@ def build_counted(rows: int) -> Any:
 
 
 @inline
-def _keys_of(call, sequence, row):
-    """The keys from first to end that the call's own numbers leave to a query of the sequence; both grow with row."""
+def common_keys(call, sequence, row):
+    """The keys from first to end, counted from the sequence's start, that what all heads share (causal, window, prefix)
+    leaves to a query of the sequence; both grow with row."""
     _, _, _, _, k_len, offset, prefix = sequence
     i = row + offset
     first, end = 0, k_len
@@ -164,10 +165,21 @@ def _keys_of(call, sequence, row):
     return first, end
 
 
+@inline
+def keys_of(call, sequence, head, row):
+    """The same with the bounds of each query's own, where there are any."""
+    b, q_start, _, k_start, _, _, _ = sequence
+    first, end = common_keys(call, sequence, row)
+    if call.start != 0:
+        to = b * call.bounds_b + head * call.bounds_h + (q_start + row) * call.bounds_s
+        first = max(first, tile.load_i64(call.start + to) - k_start)
+        end = min(end, tile.load_i64(call.end + to) - k_start)
+    return first, end
+
+
 def build_bounds(rows: int) -> Any:
     """(call, sequence, row, count) -> (low, high, inner low, inner high) of a tile: keys that some row sees are from
     low to high, those from inner low to inner high every row sees. Of a call without bounds of each query's own."""
-    keys_of = _keys_of
 
     @inline
     def bounds(call, sequence, row, count):
@@ -175,8 +187,8 @@ def build_bounds(rows: int) -> Any:
         last = row + count - 1
         if q_len < rows:
             row, last = np.int64(0), q_len - 1
-        low, inner_high = keys_of(call, sequence, row)
-        inner_low, high = keys_of(call, sequence, last)
+        low, inner_high = common_keys(call, sequence, row)
+        inner_low, high = common_keys(call, sequence, last)
         if low >= inner_high or inner_low >= high:  # the first or the last row sees nothing: neither is a whole tile
             inner_low, inner_high = k_len, np.int64(0)
         return min(low, k_len), max(high, 0), inner_low, inner_high
@@ -191,12 +203,12 @@ def build_locate(rows: int, ordered: bool = True) -> Callable[..., Any]:
     Ends with a barrier; not ordered: only where queries have bounds of their own, else the caller's next one serves.
     """
     store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
-    shared_min, shared_max, sync, udiv, load = tile.shared_min, tile.shared_max, tile.sync, tile.udiv, tile.load_i64
-    at_bounds, bounds, keys_of, ORDERED = rows * ROW_BYTES, build_bounds(rows), _keys_of, ordered
+    shared_min, shared_max, sync, udiv = tile.shared_min, tile.shared_max, tile.sync, tile.udiv
+    at_bounds, bounds, ORDERED = rows * ROW_BYTES, build_bounds(rows), ordered
 
     @inline
     def locate(call, tid, table, sequence, kv_head, head, row, count):
-        b, q_start, q_len, k_start, k_len, _, _ = sequence
+        _, q_start, q_len, _, k_len, _, _ = sequence
         at = add(table, at_bounds)
         own = call.start != 0  # bounds of each query's own
         if tid == 0:
@@ -217,11 +229,7 @@ def build_locate(rows: int, ordered: bool = True) -> Callable[..., Any]:
                 i -= h * q_len
             i = min(i, q_len - 1)
             h += kv_head * call.group
-            first, end = keys_of(call, sequence, i)
-            if own:
-                to = b * call.bounds_b + h * call.bounds_h + (q_start + i) * call.bounds_s
-                first = max(first, load(call.start + to) - k_start)
-                end = min(end, load(call.end + to) - k_start)
+            first, end = keys_of(call, sequence, h, i)
             if not there:  # an idle row: it sees nothing, and asks for nothing
                 first = end = 0
             elif first >= end:

@@ -22,7 +22,7 @@ import numpy as np
 from llvmlite import ir
 
 from . import tile
-from .backward import EXTRA, _places, _stats_loader, _step, _weights
+from .backward import EXTRA, _stats_loader, _step, _weights
 from .compile import inline, intrinsic, libdevice, types
 from .dual import CELLS, HEADER, AuxFunctions, total_function
 from .rows import loaders
@@ -34,11 +34,12 @@ from .scores import (
     build_find,
     build_locate,
     build_modify,
+    keys_of,
     read_sequence,
     table_bytes,
 )
 from .tile import FLOATS, SIZE, Registers
-from .tiling import Tiling, products
+from .tiling import Tiling, placed, products
 
 # A block's own tile is one of own_b * own_h * own_rows * own_keys, and the units that go into it one of unit_b * unit_h
 # * unit_rows, `units` to a part: of own and unit one is the size of an axis (in tiles), the other 1. Sequences are in
@@ -67,7 +68,7 @@ def _lanes(t: Tiling) -> int:
 
 def memory_bias(t: Tiling) -> dict[str, int]:
     """Shared memory of the kernel of a bias: at the end sums of columns lie where rows were."""
-    places = _places(
+    places = placed(
         {
             "table": table_bytes(t.rows),
             "stats": t.rows * 2 * SIZE[t.acc],
@@ -149,29 +150,11 @@ def finisher(regs: Registers, of: Registers, sum_keys: bool) -> Any:
     return finish
 
 
-def _interval(call, sequence, head, row):
-    """The keys, counted from the sequence's start, that bounds leave to a query of the sequence."""
-    b, q_start, _, k_start, k_len, offset, prefix = sequence
-    i = row + offset
-    first, end = 0, k_len
-    if call.left >= 0:
-        first = max(first, i - call.left)
-    if call.has_prefix:
-        end = min(end, max(prefix, i + 1))
-    if call.right >= 0:
-        end = min(end, i + call.right + 1)
-    if call.start != 0:
-        to = b * call.bounds_b + head * call.bounds_h + (q_start + row) * call.bounds_s
-        first = max(first, tile.load_i64(call.start + to) - k_start)
-        end = min(end, tile.load_i64(call.end + to) - k_start)
-    return first, end
-
-
 def build_locate_rows(rows: int) -> Callable[..., Any]:
     """locate(call, tid, table, sequence, head, i0): as scores.build_locate, for the queries i0, i0 + 1, ... of an array
     of a head, whatever sequence they are in; those of others are idle. Only LOW and HIGH are set."""
     store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
-    shared_min, shared_max, sync, interval = tile.shared_min, tile.shared_max, tile.sync, inline(_interval)
+    shared_min, shared_max, sync = tile.shared_min, tile.shared_max, tile.sync
     bounds = rows * 16
 
     @inline
@@ -186,7 +169,7 @@ def build_locate_rows(rows: int) -> Callable[..., Any]:
             row = i0 + tid - q_start
             first, end = np.int64(0), np.int64(0)
             if row >= 0 and row < q_len:
-                first, end = interval(call, sequence, head, row)
+                first, end = keys_of(call, sequence, head, row)
             if first < end:
                 shared_min(add(at, LOW), first)
                 shared_max(add(at, HIGH), end)
@@ -445,7 +428,7 @@ def _pair_stride(t: Tiling) -> int:
 
 def memory_aux(t: Tiling) -> dict[str, int]:
     """Shared memory of the kernel of aux."""
-    return _places(
+    return placed(
         {
             "table": table_bytes(t.rows),
             "stats": t.rows * 2 * SIZE[t.acc],

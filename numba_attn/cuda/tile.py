@@ -441,28 +441,11 @@ def row_mapped(fn: Callable[..., Any], regs: Registers) -> Any:
 
 
 def with_row(fn: Callable[..., Any], regs: Registers) -> Any:
-    """(tile, x) -> fn(element, x of its row)."""
-    scalar = FLOATS[regs.acc][1]
-
-    @intrinsic
-    def with_row(typingctx, tile, x):
-        def codegen(context, builder, sig, args):
-            tile, x = unpack(builder, args[0], regs.size), unpack(builder, args[1], len(regs.rows))
-            inner = scalar(scalar, scalar)
-            new = [context.compile_internal(builder, fn, inner, [tile[e], x[a]]) for e, a, _ in regs]
-            return context.make_tuple(builder, sig.return_type, new)
-
-        return regs.type(tile, x), codegen
-
-    return with_row
-
-
-def with_row_given(fn: Callable[..., Any], regs: Registers) -> Any:
     """(tile, x, context) -> fn(element, x of its row, context)."""
     scalar = FLOATS[regs.acc][1]
 
     @intrinsic
-    def with_row_given(typingctx, tile, x, given):
+    def with_row(typingctx, tile, x, given):
         def codegen(context, builder, sig, args):
             tile, x = unpack(builder, args[0], regs.size), unpack(builder, args[1], len(regs.rows))
             inner = scalar(scalar, scalar, sig.args[2])
@@ -471,7 +454,7 @@ def with_row_given(fn: Callable[..., Any], regs: Registers) -> Any:
 
         return regs.type(tile, x, given), codegen
 
-    return with_row_given
+    return with_row
 
 
 def with_rows(fn: Callable[..., Any], regs: Registers) -> Any:
@@ -836,6 +819,13 @@ commit = _scalar(types.void, lambda b: _asm(b, VOID, "cp.async.commit_group;", "
 wait_all = _scalar(types.void, lambda b: _asm(b, VOID, "cp.async.wait_group 0;", "~{memory}", [], effect=True), 0)
 
 
+def _copy_async(builder, size, to, offset, address, there):
+    """`size` bytes, 0 if they are not there; whole vectors past the first cache, where nobody would find them again."""
+    text = f"cp.async.{'cg' if size == VECTOR else 'ca'}.shared.global [$0+{offset}], [$1], {size}, $2;"
+    there = builder.select(there, i32(size), i32(0))
+    _asm(builder, VOID, text, "r,l,r,~{memory}", [to, address, there], effect=True)
+
+
 @cache
 def copy_rows(rows: int, per_pass: int, stride: int) -> Any:
     """(to, address, step, row, valid): 16 bytes of rows row, row + per_pass, ... below `rows`, from address, address +
@@ -853,13 +843,11 @@ def copy_rows(rows: int, per_pass: int, stride: int) -> Any:
             row, valid = as_i32(builder, args[3]), as_i32(builder, args[4])
             for n in range(0, rows, per_pass):
                 there = builder.icmp_signed("<", builder.add(row, i32(n)), valid)
-                text = f"cp.async.cg.shared.global [$0+{n * stride}], [$1], 16, $2;"
-                copy = [to, address, builder.select(there, i32(VECTOR), i32(0))]
                 if n + per_pass > rows:  # the last pass may be short
                     with builder.if_then(builder.icmp_signed("<", row, i32(rows - n))):
-                        _asm(builder, VOID, text, "r,l,r,~{memory}", copy, effect=True)
+                        _copy_async(builder, VECTOR, to, n * stride, address, there)
                 else:
-                    _asm(builder, VOID, text, "r,l,r,~{memory}", copy, effect=True)
+                    _copy_async(builder, VECTOR, to, n * stride, address, there)
                 address = builder.add(address, step)
             return context.get_dummy_value()
 
@@ -873,9 +861,7 @@ def copy_async(size: int) -> Any:
     """(to, address, there): 4, 8 or 16 bytes from global to shared memory, 0 if they are not there. Asynchronous."""
 
     def code(builder, to, address, there):
-        text = f"cp.async.ca.shared.global [$0], [$1], {size}, $2;"
-        copy = [shared_address(builder, as_i32(builder, to)), address, builder.select(there, i32(size), i32(0))]
-        _asm(builder, VOID, text, "r,l,r,~{memory}", copy, effect=True)
+        _copy_async(builder, size, shared_address(builder, as_i32(builder, to)), 0, address, there)
 
     return _scalar(types.void, code, 3)
 

@@ -91,10 +91,7 @@ def products(t: Tiling) -> SimpleNamespace:
             lane = urem(tid, 32)
             return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
 
-        @inline
-        def output_corner(tid):
-            lane = urem(tid, 32)
-            return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
+        output_corner = corner
 
     else:
         vector = VECTOR // size
@@ -135,29 +132,31 @@ def products(t: Tiling) -> SimpleNamespace:
     def pb(dim: int, rescaled: bool = True):
         """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers. Not rescaled: alpha is 1."""
         stride, regs = t.stride(dim), t.output(dim)
+        times, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
+
+        @inline
+        def scaled(o, alpha):
+            if rescaled and any_lane(changes(alpha)):
+                return times(o, alpha, 0)
+            return o
+
         if t.mma and t.storage == "f32":
             product = tile.tf32_pb(regs, scores, stride)
-            rescale, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
                 lane = urem(tid, 32)
                 at = add(add(b, mul(urem(lane, 4), 2 * stride)), mul(udiv(lane, 4), 4))
-                if rescaled and any_lane(changes(alpha)):
-                    o = rescale(o, alpha)
-                return product(o, p, at)
+                return product(scaled(o, alpha), p, at)
 
         elif t.mma:
             product = tile.mma_pb(regs, scores, t.storage, stride)
-            rescale, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
                 lane = urem(tid, 32)
                 at = add(add(b, mul(urem(lane, 16), stride)), mul(udiv(lane, 16), 16))
-                if rescaled and any_lane(changes(alpha)):
-                    o = rescale(o, alpha)
-                return product(o, p, at)
+                return product(scaled(o, alpha), p, at)
 
         else:
             p_stride, sync_warp = t.p_stride, tile.sync_warp
@@ -188,8 +187,17 @@ def products(t: Tiling) -> SimpleNamespace:
     return SimpleNamespace(corner=corner, output_corner=output_corner, abt=abt, pb=pb, element=element)
 
 
-def _times(x, y):
+def _times(x, y, _):
     return x * y
+
+
+def placed(sizes: dict[str, int]) -> dict[str, int]:
+    """Where things of these sizes lie in shared memory, one behind the other, and the size of all."""
+    at, places = 0, {}
+    for name, size in sizes.items():
+        places[name] = at
+        at += -(-size // VECTOR) * VECTOR
+    return {**places, "size": at}
 
 
 # (largest head size, then threads, rows, cols, across, stages of the tilings to try in turn). Rows and columns are
@@ -326,6 +334,7 @@ def choose(
     v_dim: int,
     memory: Callable[[Tiling], dict[str, int]],
     limit: int,
+    *,
     tf32: bool = False,
     options: bool = False,
     cc: tuple[int, int] | None = None,

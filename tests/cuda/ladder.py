@@ -134,14 +134,26 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     acc = "f64" if storage == "f64" else "f32"
     limit = SHARED[cc] * 1024
 
-    def tile_of(name: str, memory: Any) -> Any:
-        tf32 = kernel.dtype == "tf32"
-        return tiling.choose(name, storage, kernel.dim, kernel.dim, memory, limit, tf32, f.options, cc)
+    def tiled(tiles: str, build: Any, memory: Any, f: Any, *more: Any) -> Built | None:
+        """A kernel that works on tiles, of the table `tiles`."""
+        t = tiling.choose(
+            tiles,
+            storage,
+            kernel.dim,
+            kernel.dim,
+            memory,
+            limit,
+            tf32=kernel.dtype == "tf32",
+            options=f.options,
+            cc=cc,
+        )
+        if t is None:
+            return None
+        bounds = launch.bounds(build, t, t.threads, more)
+        return Built(lambda: build(t, f, *more), signature(f.fields), t.threads, memory(t)["size"], t, bounds)
 
-    def done(
-        make: Callable[[], Any], f: Any, threads: int, shared: int, t: Any = None, build: Any = None, more: Any = ()
-    ) -> Built:
-        return Built(make, signature(f.fields), threads, shared, t, launch.bounds(build, t, threads, more))
+    def untiled(make: Callable[[], Any], f: Any, threads: int, shared: int) -> Built:
+        return Built(make, signature(f.fields), threads, shared, bounds=threads)
 
     options = dict(FEATURES[kernel.variant])
     backwards = kernel.what not in ("forward", "decode")
@@ -153,50 +165,40 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     f = Features(derivatives=backwards, **options)
     what = kernel.what
     if what == "forward":
-        t = tile_of("forward", forward.memory)
-        build, shared = forward.build, t and forward.memory(t)["size"]
-        return t and done(lambda: build(t, f), f, t.threads, shared, t, build)
+        return tiled("forward", forward.build, forward.memory, f)
     if what == "decode":
-        t, f = tile_of("decode", forward.memory), replace(f, extra=decode.EXTRA)
-        build, more, shared = forward.build, (decode.KEYS,), t and forward.memory(t)["size"]
-        return t and done(lambda: build(t, f, *more), f, t.threads, shared, t, build, more)
+        return tiled("decode", forward.build, forward.memory, replace(f, extra=decode.EXTRA), decode.KEYS)
     if what == "merge":
         t = tiling.choose("decode", storage, 64, 64, forward.memory, limit)
         f = Features(extra=decode.EXTRA)
-        return done(lambda: decode.build_merge(t, f), f, decode.THREADS, decode.memory_merge(t)["size"])
+        return untiled(lambda: decode.build_merge(t, f), f, decode.THREADS, decode.memory_merge(t)["size"])
     if what in ("rows", "fill"):
         f = Features(extra=backward.EXTRA if what == "rows" else ("out_rows",))
         build = backward.build_rows if what == "rows" else backward.build_fill
-        return done(lambda: build(storage, acc, f), f, backward.ROWS_THREADS, 0)
+        return untiled(lambda: build(storage, acc, f), f, backward.ROWS_THREADS, 0)
     if what in ("slopes", "sinks"):
         f = Features(extra=sums.HEADS)
-        return done(lambda: sums.build_heads(what, acc, "f64", f), f, sums.THREADS, sums.TOTAL_BYTES)
+        return untiled(lambda: sums.build_heads(what, acc, "f64", f), f, sums.THREADS, sums.TOTAL_BYTES)
     if what == "total":
         f = Features(extra=sums.TOTAL)
-        return done(lambda: sums.build_total(storage, f), f, sums.THREADS, sums.TOTAL_BYTES)
+        return untiled(lambda: sums.build_total(storage, f), f, sums.THREADS, sums.TOTAL_BYTES)
     if what == "queries":
-        t, f = tile_of("queries", backward.memory_queries), replace(f, extra=backward.EXTRA)
-        build, shared = backward.build_queries, t and backward.memory_queries(t)["size"]
-        return t and done(lambda: build(t, f), f, t.threads, shared, t, build)
+        return tiled("queries", backward.build_queries, backward.memory_queries, replace(f, extra=backward.EXTRA))
     if what.startswith("keys"):
-        t, f = tile_of("keys", backward.memory_keys), replace(f, extra=backward.EXTRA)
-        which = what != "keys-dv", what != "keys-dk"
-        build, shared = backward.build_keys, t and backward.memory_keys(t)["size"]
-        return t and done(lambda: build(t, f, *which), f, t.threads, shared, t, build)
+        f, which = replace(f, extra=backward.EXTRA), (what != "keys-dv", what != "keys-dk")
+        return tiled("keys", backward.build_keys, backward.memory_keys, f, *which)
     if what.startswith("bias-"):
-        t = tile_of("sums", sums.memory_bias)
-        f = replace(f, bias="f32", extra=sums.BIAS)
-        over = what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")
-        build, shared = sums.build_bias, t and sums.memory_bias(t)["size"]
-        return t and done(lambda: build(t, f, *over, "f64"), f, t.threads, shared, t, build)
+        f, over = (
+            replace(f, bias="f32", extra=sums.BIAS),
+            (what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")),
+        )
+        return tiled("sums", sums.build_bias, sums.memory_bias, f, *over, "f64")
     if what == "aux":
-        t, aux = tile_of("sums", sums.memory_aux), (np.zeros((16, 4), np.float32),)
+        aux = (np.zeros((16, 4), np.float32),)
         mod = sums.with_score(modifiers.mod_function(t5, acc, aux))
         table = len(modifiers.aux_numbers([(0, a.shape, a.strides) for a in aux]))
         f = replace(f, score_mod=mod, score_table=table, extra=sums.aux_fields(1))
-        functions = dual.aux_functions(t5, acc, aux, (True,))
-        build, shared = sums.build_aux, t and sums.memory_aux(t)["size"]
-        return t and done(lambda: build(t, f, functions), f, t.threads, shared, t, build)
+        return tiled("sums", sums.build_aux, sums.memory_aux, f, dual.aux_functions(t5, acc, aux, (True,)))
     raise ValueError(f"no kernel {kernel}")
 
 

@@ -315,7 +315,7 @@ def test_a_tile_fits(storage: str, tf32: bool, cc: tuple[int, int], kernel: str)
     """For every head size that the other kernels take."""
     memory = KERNELS[kernel]
     for d in range(1, tiling.LARGEST + 1):
-        t = tiling.choose("sums", storage, d, d, memory, emulator.SHARED[cc], tf32)
+        t = tiling.choose("sums", storage, d, d, memory, emulator.SHARED[cc], tf32=tf32, cc=cc)
         assert t is not None and memory(t)["size"] <= emulator.SHARED[cc], d
         assert t.rows % t.cols == 0 and t.threads % t.rows == 0 and t.cols & (t.cols - 1) == 0  # what build_aux takes
 
@@ -334,13 +334,13 @@ def test_nothing_is_spilled(storage: str, d: int, cc: tuple[int, int]) -> None:
         r = sass.assemble(kernel_ptx(lambda: build(t, f, *more), scores.signature(f.fields), cc, bounds, None), cc)
         return r.spill_stores + r.spill_loads + r.stack
 
-    t = tiling.choose("sums", storage, d, d, sums.memory_bias, emulator.SHARED[cc])
+    t = tiling.choose("sums", storage, d, d, sums.memory_bias, emulator.SHARED[cc], cc=cc)
     assert t is not None
     f = scores.Features(bias="f32", derivatives=True, extra=sums.BIAS)
     for sum_rows, sum_keys in itertools.product((False, True), repeat=2):
         assert spilled(sums.build_bias, t, f, sum_rows, sum_keys, "f64") == 0, (sum_rows, sum_keys)
 
-    t = tiling.choose("sums", storage, d, d, sums.memory_aux, emulator.SHARED[cc])
+    t = tiling.choose("sums", storage, d, d, sums.memory_aux, emulator.SHARED[cc], cc=cc)
     assert t is not None
     aux = (np.zeros((4, 9), np.float32),)
     mod = sums.with_score(modifiers.mod_function(table_by_distance, t.acc, aux))

@@ -30,8 +30,8 @@ def test_a_tile_fits(kernel: str, storage: str, tf32: bool, cc: tuple[int, int])
     if tf32 and kernel == "decode":
         pytest.skip("decode has no tf32")
     tiles, memory = MEMORY[kernel]
-    for qk_dim, v_dim in [(d, d) for d in HEAD_SIZES] + PAIRS:
-        t = tiling.choose(tiles, storage, qk_dim, v_dim, memory, SHARED[cc], tf32)
+    for (qk_dim, v_dim), options in itertools.product([(d, d) for d in HEAD_SIZES] + PAIRS, (False, True)):
+        t = tiling.choose(tiles, storage, qk_dim, v_dim, memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
         assert t is not None
         places = memory(t)
         if kernel == "decode":  # the same kernel with fewer rows, and the one that joins its parts
@@ -49,8 +49,8 @@ def test_threads_share_a_tile_evenly(kernel: str, storage: str, tf32: bool) -> N
     """Every element of the scores and of the outputs has one owner, and rows of shared memory are 16-byte units, an odd
     number of them: eight rows then lie in eight different groups of banks."""
     memory = KERNELS[kernel]
-    for qk_dim, v_dim in PAIRS:
-        t = tiling.choose(kernel, storage, qk_dim, v_dim, memory, 227 * 1024, tf32)
+    for (qk_dim, v_dim), options, cc in itertools.product(PAIRS, (False, True), ((9, 0), (10, 0))):
+        t = tiling.choose(kernel, storage, qk_dim, v_dim, memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
         assert t is not None
         for regs, cols in ((t.scores, t.cols), (t.output(t.qk_dim), t.qk_dim), (t.output(t.v_dim), t.v_dim)):
             assert regs.size * t.threads == t.rows * cols
