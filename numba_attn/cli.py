@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 VARIABLES = ("NUMBA", "OMP_", "KMP_", "TBB_", "MKL_NUM", "OPENBLAS_NUM", "GOMP_")  # what changes speed or threads
 
@@ -44,22 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "versions, threads, SIMD width, tiles and cache folder: what a bug report needs")
 
     bench = command("bench", _bench, "time one shape against NumPy and the installed peers, a process each, in turns")
-    bench.add_argument("--batch", type=_positive, default=1)
-    bench.add_argument("--heads", type=_positive, default=8)
+    bench.add_argument("--batch", type=_positive, help="default: 1")
+    bench.add_argument("--heads", type=_positive, help="default: 8")
     bench.add_argument("--kv-heads", type=_positive, help="a divisor of --heads (default: --heads)")
     bench.add_argument("--q-len", type=_positive, help="default: 1024, and with --backend cuda a table of shapes")
     bench.add_argument("--kv-len", type=_positive, help="default: --q-len")
-    bench.add_argument("--dim", type=_positive, default=64, help="head size")
-    bench.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
-    bench.add_argument("--causal", action="store_true", help="aligned bottom right")
+    bench.add_argument("--dim", type=_positive, help="head size (default: 64)")
+    bench.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), help="default: float32")
+    bench.add_argument("--causal", action="store_true", default=None, help="aligned bottom right")
     bench.add_argument(
-        "--window", type=_positive, default=0, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
+        "--window", type=_positive, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
     )
-    bench.add_argument("--backward", action="store_true", help="out and the gradients of q, k and v")
+    bench.add_argument("--backward", action="store_true", default=None, help="out and the gradients of q, k and v")
     bench.add_argument(
         "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: this machine's GPU, beside torch"
     )
-    bench.add_argument("--rounds", type=_positive, default=5, help="turns of each library; the median counts")
+    bench.add_argument("--rounds", type=_positive, help="turns of each library; the median counts (default: 5)")
     bench.add_argument("--seconds", type=_seconds, default=0.4, help="length of a turn")
     bench.add_argument("--threads", type=_positive, help="default: numba.get_num_threads()")
     bench.add_argument("--libraries", metavar="A,B", help="default: all that are installed")
@@ -173,13 +174,24 @@ def _amx() -> str:
     return f"{', '.join(found)}; not used in this release" if found else "no"
 
 
+# Options of a shape, and what stands for one that is not given.
+SHAPE: dict[str, Any] = {
+    "batch": 1,
+    "heads": 8,
+    "dim": 64,
+    "dtype": "float32",
+    "causal": False,
+    "window": 0,
+    "backward": False,
+}
+
+
 def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list | None) -> int:
     from numba_attn.cuda import driver
 
-    if args.peak or args.json or args.libraries or args.threads or args.rounds != parser.get_default("rounds"):
+    if args.peak or args.json or args.libraries or args.threads or args.rounds:
         parser.error("--backend cuda takes no --peak, --json, --libraries, --threads or --rounds")
-    shape = ("batch", "heads", "kv_heads", "kv_len", "dim", "dtype", "causal", "window", "backward")
-    if not cases and any(getattr(args, name) != parser.get_default(name) for name in shape):
+    if not cases and any(getattr(args, name) is not None for name in ("kv_heads", "kv_len", *SHAPE)):
         parser.error("--backend cuda takes a shape together with --q-len; without one it times a table of its own")
     try:
         device = driver.current()
@@ -197,9 +209,11 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from numba_attn import bench
     from numba_attn.terminal import Progress, seconds_text, table
 
-    kv_heads = args.kv_heads or args.heads
-    if args.heads % kv_heads:
-        parser.error(f"--kv-heads must divide --heads: {args.heads} heads do not share {kv_heads} key heads evenly")
+    shape = {name: default if (given := getattr(args, name)) is None else given for name, default in SHAPE.items()}
+    heads = shape["heads"]
+    kv_heads = args.kv_heads or heads
+    if heads % kv_heads:
+        parser.error(f"--kv-heads must divide --heads: {heads} heads do not share {kv_heads} key heads evenly")
     if args.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         parser.error(f"--dtype bfloat16 needs ml_dtypes: {sys.executable} -m pip install ml_dtypes")
     if args.threads and args.threads > numba.config.NUMBA_NUM_THREADS:
@@ -209,35 +223,27 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if unknown := [name for name in libraries if name not in bench.installed()]:
         parser.error(f"--libraries: {unknown[0]!r} is not among those found here: {', '.join(bench.installed())}")
     q_len = args.q_len or 1024
-    case = bench.Case(
-        batch=args.batch,
-        heads=args.heads,
-        kv_heads=kv_heads,
-        q_len=q_len,
-        kv_len=args.kv_len or q_len,
-        dim=args.dim,
-        dtype=args.dtype,
-        causal=args.causal,
-        window=args.window,
-        backward=args.backward,
-    )
+    case = bench.Case(kv_heads=kv_heads, q_len=q_len, kv_len=args.kv_len or q_len, **shape)
     if args.backend == "cuda":
         return _bench_cuda(args, parser, [case] if args.q_len else None)
     threads = args.threads or numba.get_num_threads()
-    options = {"rounds": args.rounds, "seconds": args.seconds, "threads": threads}
+    rounds = args.rounds or 5
+    options = {"rounds": rounds, "seconds": args.seconds, "threads": threads}
 
     if args.peak:
-        with Progress(2 * args.rounds) as progress:
+        if args.libraries:
+            parser.error("--peak times this library alone: it takes no --libraries")
+        with Progress(2 * rounds) as progress:
             peak = bench.fraction_of_peak(case, **options, on_step=progress.step)
         if args.json:
             print(json.dumps({"case": str(case), "threads": threads, **vars(peak)}))
         else:
-            print(f"{case}, {threads} threads, medians of {args.rounds} rounds in one process")
+            print(f"{case}, {threads} threads, medians of {rounds} rounds in one process")
             print(f"FMA loop {peak.peak / 1e9:8.1f} GFLOP/s\nkernel   {peak.kernel / 1e9:8.1f} GFLOP/s")
             print(f"fraction {100 * peak.fraction:8.1f} %")
         return 0
 
-    with Progress(args.rounds * len(libraries)) as progress:
+    with Progress(rounds * len(libraries)) as progress:
         (result,) = bench.compare([case], libraries, **options, on_step=progress.step)
     if args.json:
         print(
@@ -248,7 +254,7 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         [name, seconds_text(s), f"{case.flops() / s / 1e9:.1f}", f"{result.error[name]:.1e}"]
         for name, s in sorted(result.seconds.items(), key=lambda item: item[1])
     ]
-    print(f"{case}, {threads} threads, medians of {args.rounds} rounds of {args.seconds:g} s\n")
+    print(f"{case}, {threads} threads, medians of {rounds} rounds of {args.seconds:g} s\n")
     print(table(["", "time", "GFLOP/s", "max error"], rows))
     for name, why in result.missing.items():
         print(f"{name}: not timed, {why}")
