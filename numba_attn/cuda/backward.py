@@ -282,7 +282,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
     load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
-    Q_STRIDE, sub, opaque = t.stride(t.qk_dim), tile.sub, tile.opaque
+    Q_STRIDE, opaque = t.stride(t.qk_dim), tile.opaque
     WITH_BIAS, WITH_SLOPES = "dbias" in f.extra, "dslopes" in f.extra
     store_bias: Any = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
     by_distance = tile.mapped(_by_distance(t.acc, TABLE), regs)
@@ -303,7 +303,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
         locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
         first, last = mul(udiv(load_word(BOUNDS + LOW), COLS), COLS), load_word(BOUNDS + HIGH)
         inner_low, inner_high = load_word(BOUNDS + INNER_LOW), load_word(BOUNDS + INNER_HIGH)
-        given = (call, reals, b, k_start, sub(offset, q_start), 0)
+        given = (call, reals, b, k_start, offset - q_start, 0)
         k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
         where = (q_len, q_start + first_row, kv_head * call.group + head, count)
@@ -453,14 +453,11 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
         """The first tile of queries from (head, tile_row) on that may see the keys, and how many it holds: 0 behind the
         last."""
         q_len = sequence[2]
-        count, found = narrow(counted(call, q_len, head, tile_row)), narrow(0)
-        while count > 0 and found == 0:
-            if needed(call, sequence, tile_row, count, j0, j0 + ROWS):
-                found = count
-            else:
-                head, tile_row = behind(head, tile_row, q_len)
-                count = narrow(counted(call, q_len, head, tile_row))
-        return head, tile_row, found
+        count = narrow(counted(call, q_len, head, tile_row))
+        while count > 0 and not needed(call, sequence, tile_row, count, j0, j0 + ROWS):
+            head, tile_row = behind(head, tile_row, q_len)
+            count = narrow(counted(call, q_len, head, tile_row))
+        return head, tile_row, count
 
     @inline
     def fetch(call, tid, stage, sequence, kv_head, head, tile_row, count):

@@ -110,7 +110,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     )
     thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
     load_word, store_word, shared_max, narrow = tile.load_word, tile.store_word, tile.shared_max, tile.narrow
-    sub, opaque = tile.sub, tile.opaque
+    opaque = tile.opaque
     dropped, DROPOUT = build_dropout(s_regs, parts.element, TABLE, False), f.dropout
     scaled_where = tile.scaled_where(s_regs)
     EVERY, SPLIT, find_part, find_states = f.every_pair, split, decode.find_part, decode.find_states
@@ -140,7 +140,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
             first, last = narrow(max(first, part * SPLIT)), narrow(min(last, part * SPLIT + SPLIT))
             if first >= last:
                 return
-        given = (call, reals, b, k_start, sub(offset, q_start), 0)
+        given = (call, reals, b, k_start, offset - q_start, 0)
 
         k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
         v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s

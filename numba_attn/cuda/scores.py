@@ -265,10 +265,11 @@ def read_sequence(call, n):
 
 @inline
 def read_narrow(call, n):
-    """The same, of 32 bits but for the prefix: for a loop that has no register to spare."""
+    """The same, of 32 bits but for offset and prefix, which may be of any size: for a loop that has no register to
+    spare."""
     narrow = tile.narrow
     b, q_start, q_len, k_start, k_len, offset, prefix = read_sequence(call, n)
-    return narrow(b), narrow(q_start), narrow(q_len), narrow(k_start), narrow(k_len), narrow(offset), prefix
+    return narrow(b), narrow(q_start), narrow(q_len), narrow(k_start), narrow(k_len), offset, prefix
 
 
 def exact_functions(acc: str) -> SimpleNamespace:
