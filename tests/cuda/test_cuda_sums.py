@@ -303,23 +303,6 @@ def test_no_memory_for_every_pair(cuda: emulator.EmulatedDevice, monkeypatch: py
     assert max(sizes) == B * H * SQ * D * 4  # q and dq
 
 
-KERNELS = {"bias": sums.memory_bias, "aux": sums.memory_aux}
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("cc", emulator.SHARED, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-@pytest.mark.parametrize(
-    "storage, tf32", [("f16", False), ("bf16", False), ("f32", False), ("f32", True), ("f64", False)]
-)
-def test_a_tile_fits(storage: str, tf32: bool, cc: tuple[int, int], kernel: str) -> None:
-    """For every head size that the other kernels take."""
-    memory = KERNELS[kernel]
-    for d in range(1, tiling.LARGEST + 1):
-        t = tiling.choose("sums", storage, d, d, memory, emulator.SHARED[cc], tf32=tf32, cc=cc)
-        assert t is not None and memory(t)["size"] <= emulator.SHARED[cc], d
-        assert t.rows % t.cols == 0 and t.threads % t.rows == 0 and t.cols & (t.cols - 1) == 0  # what build_aux takes
-
-
 TILES = [("f16", 64), ("f32", 64), ("f64", 64), ("f16", 128), ("f32", 128), ("f64", 128), ("f16", 256), ("f32", 256)]
 
 

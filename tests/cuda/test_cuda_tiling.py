@@ -38,6 +38,8 @@ def test_a_tile_fits(kernel: str, storage: str, tf32: bool, cc: tuple[int, int])
             for rows in range(1, decode.ROWS + 1):
                 assert forward.memory(decode.with_rows(t, rows))["size"] <= SHARED[cc]
             assert decode.memory_merge(t)["size"] <= SHARED[cc]
+        if tiles == "sums":  # what build_aux takes
+            assert t.rows % t.cols == 0 and t.threads % t.rows == 0 and t.cols & (t.cols - 1) == 0
         assert places["size"] <= SHARED[cc]
         assert t.qk_dim >= qk_dim and t.v_dim >= v_dim
         assert t.mma is (storage in ("f16", "bf16") or tf32)
