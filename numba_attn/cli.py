@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -174,25 +175,11 @@ def _amx() -> str:
     return f"{', '.join(found)}; not used in this release" if found else "no"
 
 
-# Options of a shape, and what stands for one that is not given.
-SHAPE: dict[str, Any] = {
-    "batch": 1,
-    "heads": 8,
-    "dim": 64,
-    "dtype": "float32",
-    "causal": False,
-    "window": 0,
-    "backward": False,
-}
-
-
-def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list | None) -> int:
+def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list) -> int:
     from numba_attn.cuda import driver
 
     if args.peak or args.json or args.libraries or args.threads or args.rounds:
         parser.error("--backend cuda takes no --peak, --json, --libraries, --threads or --rounds")
-    if not cases and any(getattr(args, name) is not None for name in ("kv_heads", "kv_len", *SHAPE)):
-        parser.error("--backend cuda takes a shape together with --q-len; without one it times a table of its own")
     try:
         device = driver.current()
     except RuntimeError as why:
@@ -209,9 +196,10 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from numba_attn import bench
     from numba_attn.terminal import Progress, seconds_text, table
 
-    shape = {name: default if (given := getattr(args, name)) is None else given for name, default in SHAPE.items()}
-    heads = shape["heads"]
-    kv_heads = args.kv_heads or heads
+    given = {f.name: x for f in dataclasses.fields(bench.Case) if (x := getattr(args, f.name)) is not None}
+    shape: dict[str, Any] = {"heads": 8, "q_len": 1024, "dim": 64} | given
+    shape = {"kv_heads": shape["heads"], "kv_len": shape["q_len"]} | shape
+    heads, kv_heads = shape["heads"], shape["kv_heads"]
     if heads % kv_heads:
         parser.error(f"--kv-heads must divide --heads: {heads} heads do not share {kv_heads} key heads evenly")
     if args.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
@@ -222,10 +210,11 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     libraries = args.libraries.split(",") if args.libraries else default
     if unknown := [name for name in libraries if name not in bench.installed()]:
         parser.error(f"--libraries: {unknown[0]!r} is not among those found here: {', '.join(bench.installed())}")
-    q_len = args.q_len or 1024
-    case = bench.Case(kv_heads=kv_heads, q_len=q_len, kv_len=args.kv_len or q_len, **shape)
+    case = bench.Case(**shape)
     if args.backend == "cuda":
-        return _bench_cuda(args, parser, [case] if args.q_len else None)
+        if given and not args.q_len:
+            parser.error("--backend cuda takes a shape together with --q-len; without one it times a table of its own")
+        return _bench_cuda(args, parser, [case] if given else [])
     threads = args.threads or numba.get_num_threads()
     rounds = args.rounds or 5
     options = {"rounds": rounds, "seconds": args.seconds, "threads": threads}

@@ -118,9 +118,14 @@ def test_only_visible_pairs_count_as_flops(case: bench.Case, pairs: int) -> None
         (["bench", "--threads", "100000"], "--threads takes at most"),
         (["bench", "--libraries", "numpy,abacus"], "'abacus' is not among those found here"),
         (
+            ["bench", "--backend", "cuda", "--rounds", "3"],
+            "takes no --peak, --json, --libraries, --threads or --rounds",
+        ),
+        (
             ["bench", "--backend", "cuda", "--rounds", "5"],
             "takes no --peak, --json, --libraries, --threads or --rounds",
         ),
+        (["bench", "--backend", "cuda", "--dim", "128"], "takes a shape together with --q-len"),
         (["bench", "--backend", "cuda", "--dim", "64"], "takes a shape together with --q-len"),
         (["bench", "--backend", "cuda", "--causal"], "takes a shape together with --q-len"),
         (["bench", "--peak", "--libraries", "numpy"], "--peak times this library alone"),

@@ -85,9 +85,41 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
     """Copies of rows between global and shared memory by all threads of a block."""
     size, threads, per = t.size, t.threads, VECTOR // t.size
     add, mul, udiv, sub = tile.add, tile.mul, tile.udiv, tile.sub
-    load_row, wide_in, element_in = tile.load_row, tile.copy_async(VECTOR), tile.copy_element(size)
-    wide_out, element_out = tile.copy_out(VECTOR), tile.copy_out(size)
-    finite_vector = tile.finite_vector(t.storage)
+    step, numbers = (VECTOR, per) if aligned else (size, 1)  # of a unit: what is copied at a time
+    load_row, copy_in = tile.load_row, tile.copy_async(VECTOR) if aligned else tile.copy_element(size)
+    copy_out, finite_vector = tile.copy_out(step), tile.finite_vector(t.storage)
+
+    @inline
+    def in_order(row, where):
+        base, stride_s = where
+        return base + row * stride_s
+
+    @inline
+    def by_table(row, where):
+        base, stride_h, stride_s, table = where
+        i, h, _, _ = load_row(add(table, mul(row, 16)))
+        return base + h * stride_h + i * stride_s
+
+    def each_unit(dim: int, rows: int, begin: Any, out: bool) -> Any:
+        """(tid, at, where, stride_d, valid, real): rows 0 : valid of `real` numbers between shared and global memory, a
+        unit at a time; the others become zeros in shared memory. begin(row, where): the address of a row."""
+        stride, units = t.stride(dim), dim // numbers
+
+        @inline
+        def units_of(tid, at, where, stride_d, valid, real):
+            for n in range(tid, rows * units, threads):
+                row = udiv(n, units)
+                unit = sub(n, mul(row, units))
+                if not out or (row < valid and unit * numbers < real):
+                    address = begin(row, where)
+                    address += unit * VECTOR if aligned else unit * stride_d
+                    here = add(at, add(mul(row, stride), mul(unit, step)))
+                    if out:
+                        copy_out(address, here)
+                    else:
+                        copy_in(here, address, row < valid and unit * numbers < real)
+
+        return units_of
 
     def load(dim: int, rows: int) -> Any:
         """(tid, to, base, stride_s, stride_d, valid, real): rows 0 : valid of `real` numbers, the rest zeros."""
@@ -114,17 +146,11 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
                         )
 
         else:
+            elements = each_unit(dim, rows, in_order, False)
 
             @inline
             def rows_in(tid, to, base, stride_s, stride_d, valid, real):
-                for n in range(tid, rows * dim, threads):
-                    row = udiv(n, dim)
-                    col = sub(n, mul(row, dim))
-                    element_in(
-                        add(to, add(mul(row, stride), mul(col, size))),
-                        base + row * stride_s + col * stride_d,
-                        row < valid and col < real,
-                    )
+                elements(tid, to, (base, stride_s), stride_d, valid, real)
 
         return rows_in
 
@@ -132,27 +158,13 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
         """(tid, to, base, stride_h, stride_s, stride_d, table, where, real): the rows of a tile of queries. where:
         (queries of the sequence, first query, its head, queries of the tile); those of a short sequence are where the
         table says, others lie one after the other."""
-        stride, straight = t.stride(dim), load(dim, rows)
-        units = dim // per if aligned else dim
-        step, numbers = (VECTOR, per) if aligned else (size, 1)
-        copy = wide_in if aligned else element_in
-
-        @inline
-        def scattered(tid, to, base, stride_h, stride_s, stride_d, table, valid, real):
-            for n in range(tid, rows * units, threads):
-                row = udiv(n, units)
-                unit = sub(n, mul(row, units))
-                i, h, _, _ = load_row(add(table, mul(row, 16)))
-                there = row < valid and unit * numbers < real
-                address = base + h * stride_h + i * stride_s
-                address += unit * VECTOR if aligned else unit * stride_d
-                copy(add(to, add(mul(row, stride), mul(unit, step))), address, there)
+        straight, scattered = load(dim, rows), each_unit(dim, rows, by_table, False)
 
         @inline
         def queries_in(tid, to, base, stride_h, stride_s, stride_d, table, where, real):
             q_len, query, head, count = where
             if q_len < rows:
-                scattered(tid, to, base, stride_h, stride_s, stride_d, table, count, real)
+                scattered(tid, to, (base, stride_h, stride_s, table), stride_d, count, real)
             else:
                 straight(tid, to, base + head * stride_h + query * stride_s, stride_s, stride_d, count, real)
 
@@ -160,41 +172,22 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
 
     def store(dim: int, rows: int) -> Any:
         """(tid, at, base, stride_s, stride_d, valid, real): rows 0 : valid of shared memory to base."""
-        stride = t.stride(dim)
-        units = dim // per if aligned else dim
-        step, numbers = (VECTOR, per) if aligned else (size, 1)
-        copy = wide_out if aligned else element_out
+        units = each_unit(dim, rows, in_order, True)
 
         @inline
         def rows_out(tid, at, base, stride_s, stride_d, valid, real):
-            for n in range(tid, rows * units, threads):
-                row = udiv(n, units)
-                unit = sub(n, mul(row, units))
-                if row < valid and unit * numbers < real:
-                    address = base + row * stride_s
-                    address += unit * VECTOR if aligned else unit * stride_d
-                    copy(address, add(at, add(mul(row, stride), mul(unit, step))))
+            units(tid, at, (base, stride_s), stride_d, valid, real)
 
         return rows_out
 
     def store_queries(dim: int, rows: int) -> Any:
         """(tid, at, base, stride_h, stride_s, stride_d, table, valid, real): rows of shared memory to where the table
         says."""
-        stride = t.stride(dim)
-        units = dim // per if aligned else dim
-        step, numbers = (VECTOR, per) if aligned else (size, 1)
-        copy = wide_out if aligned else element_out
+        units = each_unit(dim, rows, by_table, True)
 
         @inline
         def queries_out(tid, at, base, stride_h, stride_s, stride_d, table, valid, real):
-            for n in range(tid, rows * units, threads):
-                row = udiv(n, units)
-                unit = sub(n, mul(row, units))
-                if row < valid and unit * numbers < real:
-                    i, h, _, _ = load_row(add(table, mul(row, 16)))
-                    address = base + h * stride_h + i * stride_s
-                    address += unit * VECTOR if aligned else unit * stride_d
-                    copy(address, add(at, add(mul(row, stride), mul(unit, step))))
+            units(tid, at, (base, stride_h, stride_s, table), stride_d, valid, real)
 
         return queries_out
 

@@ -188,10 +188,8 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         f, which = replace(f, extra=backward.EXTRA), (what != "keys-dv", what != "keys-dk")
         return tiled("keys", backward.build_keys, backward.memory_keys, f, *which)
     if what.startswith("bias-"):
-        f, over = (
-            replace(f, bias="f32", extra=sums.BIAS),
-            (what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")),
-        )
+        f = replace(f, bias="f32", extra=sums.BIAS)
+        over = what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")
         return tiled("sums", sums.build_bias, sums.memory_bias, f, *over, "f64")
     if what == "aux":
         aux = (np.zeros((16, 4), np.float32),)
