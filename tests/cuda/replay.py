@@ -163,8 +163,8 @@ class Problem:
     """A small call that reaches some of a kernel's code.
 
     options: of the public functions. steep: scores of one key and the next lie far apart, so that weights are 0 or 1;
-    "diagonal": query i's largest score is far above its others, at keys i, i + dim, ..., so that every element of a
-    tile is its row's maximum somewhere.
+    "alone": each query has one score far above its others, in such places that every element of a thread's tile of
+    scores is once the only maximum of a row.
     nan: "hidden" in every key and value that no query sees; "values" in one number of each of 64 values, another one
     from key to key, and "dout" likewise in rows of dout, so that each pair of a tile decides alone whether it shows;
     "qk" in one query and one key.
@@ -199,7 +199,7 @@ PROBLEMS = [
     Problem("lengths", batch=2, dim=56, options={"mask": na.lengths([150, 33], [37, 20]), **_sinks()}),
     Problem("steep", q_len=40, kv_len=100, steep=True,
             options={"causal": True, "align": 60, "sinks": np.array([300.0, -300.0], np.float32)}),
-    Problem("diagonal", q_len=150, kv_len=160, steep="diagonal", options={"causal": False}),
+    Problem("alone", heads=(1, 1), q_len=160, kv_len=160, steep="alone", options={"causal": False}),
     Problem("nan", q_len=70, kv_len=100, nan=("values",), options={"causal": True, "align": "bottom_right"}),
     Problem("nan-dout", q_len=70, kv_len=100, nan=("dout",), options={"causal": True, "align": "bottom_right"}),
     Problem("nan-qk", q_len=70, kv_len=100, nan=("qk",), options={"causal": True, "align": "bottom_right"}),
@@ -273,10 +273,10 @@ def arrays_of(problem: Problem, dtype: str) -> tuple[np.ndarray, ...]:
     p = problem
     q = rng.standard_normal((p.batch, p.heads[0], p.q_len, p.dim))
     k, v = (rng.standard_normal((p.batch, p.heads[1], p.kv_len, p.dim)) for _ in range(2))
-    if p.steep == "diagonal":
-        for x in (q, k):
-            x[...] = 30.0 * (np.arange(x.shape[2])[:, None] % p.dim == np.arange(p.dim))
-            x[...] *= np.linspace(1.0, 2.0, x.shape[2])[:, None]  # the last of the keys that fit a query outweighs all
+    if p.steep == "alone":  # a thread has rows n, n + 8, n + 16, n + 24 of a warp's 32, and two columns of each eight
+        i = np.arange(p.q_len)
+        k[...] = np.sign(k)
+        q[...] = 30.0 * k[:, :, i // 32 * 32 + i % 8 // 2 * 8 + i // 8 % 4 * 2 + i % 2]
     elif p.steep:  # scores of one key to the next are some 150 apart, up and down
         q[..., 0], k[..., 0] = 40.0, 10.0 * rng.permuted(np.arange(p.kv_len) % 7 - 3.0)
     dout = rng.standard_normal(q.shape)
