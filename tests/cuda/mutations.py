@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import shadow
 
 
 @functools.cache
@@ -73,7 +74,9 @@ def _correct(emu: ModuleType) -> None:
         if getattr(self, "_shadow", None) is not self.s_wt:  # new blocks
             self._shadow, self.last_atomic = self.s_wt, np.zeros(len(self.s_wt), bool)
         words = self._words(offset, nbytes)
-        if atomic:
+        if not atomic:
+            shadow.race_write(self, instruction, offset, lanes, nbytes)
+        else:
             me, warp = lanes[:, None], self.lane_warp[lanes][:, None]
             block_epoch = self.bep[self.lane_blk[lanes]][:, None]
             warp_epoch = self.wep[self.lane_warp[lanes]][:, None]
@@ -92,10 +95,11 @@ def _correct(emu: ModuleType) -> None:
             ):
                 if found.any():
                     self.hazard(what, instruction, found.any(1).sum())
-        write(self, instruction, offset, lanes, nbytes, atomic)
+            write(self, instruction, offset, lanes, nbytes, atomic)
         self.last_atomic[words] = atomic
 
     launch.rd, launch.cp_commit, launch._race_write = rd, cp_commit, race_write
+    launch._race_read, emu.EX.fma64 = shadow.race_read, staticmethod(shadow.fma64)
     _approximate(emu.EX)
 
 

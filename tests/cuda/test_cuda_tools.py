@@ -1,12 +1,17 @@
 """The tools of the CUDA tests, on kernels small enough to count by hand: what sass reads off machine code, and what
 mutations puts into PTX and notices."""
 
+import importlib.util
 import shutil
+from collections import Counter
+from fractions import Fraction
+from types import SimpleNamespace
 
 import mutations
 import numpy as np
 import pytest
 import sass
+import shadow
 
 needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 needs_emulator = pytest.mark.skipif(mutations.emulator() is None, reason="no ../shared/gpu/ptxemu.py")
@@ -717,6 +722,56 @@ def test_a_barrier_before_an_atomic_is_missed():
     assert "race" in second.classes and "read-after-write" in second.text
     stores = mutations.survivors(run, ATOMIC, mutations.candidates(ATOMIC)["store"]).outcomes
     assert "uninitialised" in stores[0].classes
+
+
+@needs_emulator
+def test_the_compiled_shadow_finds_what_ptxemu_finds():
+    """Random accesses of two blocks of two warps, in one address often enough."""
+    spec = importlib.util.spec_from_file_location("as_it_is", mutations.emulator().__file__)
+    as_it_is = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(as_it_is)
+
+    class Shadow(as_it_is.Launch):
+        def __init__(self):
+            self.msgs, self.lane_warp, self.lane_blk = Counter(), np.arange(128) // 32, np.arange(128) // 64
+            self.bep, self.wep = np.zeros(2, np.int32), np.zeros(4, np.int32)
+            for name, first in self.kept.items():
+                setattr(self, name, np.full(40, first, bool if first is False else np.int32))
+
+        kept = {
+            "s_wt": -2, "s_wb": -1, "s_ww": -1, "s_rt": -1, "s_rb": -1, "s_rw": -1, "s_rmulti": False, "s_rmw": False
+        }  # fmt: skip
+
+    rng, found = np.random.default_rng(0), Counter()
+    for _ in range(40):
+        theirs, ours = Shadow(), Shadow()
+        for n in range(60):
+            block, nbytes = rng.integers(2), rng.choice([1, 2, 4, 8, 16])
+            lanes = 64 * block + np.flatnonzero(rng.random(64) < rng.choice([0.02, 0.2]))
+            offset = 40 * block + nbytes * rng.integers(0, 40 // nbytes, lanes.size)
+            write, instruction = rng.random() < 0.4, SimpleNamespace(text=str(n), op="atom" if n % 9 == 0 else "ld")
+            (theirs._race_write if write else theirs._race_read)(instruction, offset, lanes, nbytes)
+            (shadow.race_write if write else shadow.race_read)(ours, instruction, offset, lanes, nbytes)
+            assert ours.msgs == theirs.msgs
+            for name in Shadow.kept:
+                np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+            for x in (theirs, ours):
+                x.bep[block] += n % 7 == 0
+                x.wep[2 * block + n % 2] += n % 5 == 0
+        for (kind, _), count in ours.msgs.items():
+            found[kind] += count
+    assert len(found) == 5 and min(found.values()) > 100, found
+
+
+def test_fma_is_rounded_once():
+    rng = np.random.default_rng(0)
+    a, b = 1 + rng.random((2, 200))
+    for scale in (1.0, 2.0**-53, 2.0**-80):
+        c = -a * b * (1 + scale * rng.random(200))
+        exact = [float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a, b, c, strict=True)]
+        np.testing.assert_array_equal(shadow.fma64(a, b, c), exact)
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(shadow.fma64(np.inf, 0.0, 1.0))
 
 
 @needs_emulator
