@@ -16,7 +16,10 @@ from numba.extending import intrinsic
 
 
 @numba.njit
-def reads(word, n, lanes, warps, block_now, warp_now, wrote, wrote_block, wrote_warp, read, read_block, read_warp, many, others):  # type: ignore[no-untyped-def]  # fmt: skip
+def reads(
+    word, n, lanes, warps, block_now, warp_now,
+    wrote, wrote_block, wrote_warp, read, read_block, read_warp, many, others,
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """Lanes that read what nobody wrote, and what another wrote with no barrier between; who reads is written down."""
     unset = racing = 0
     for i in range(lanes.size):
@@ -40,7 +43,10 @@ def reads(word, n, lanes, warps, block_now, warp_now, wrote, wrote_block, wrote_
 
 
 @numba.njit
-def writes(word, n, lanes, warps, block_now, warp_now, wrote, wrote_block, wrote_warp, read, read_block, read_warp, many, others):  # type: ignore[no-untyped-def]  # fmt: skip
+def writes(
+    word, n, lanes, warps, block_now, warp_now,
+    wrote, wrote_block, wrote_warp, read, read_block, read_warp, many, others,
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """Lanes that write what another wrote, and read, with no barrier between, and what another of them writes."""
     after_write = after_read = inside = 0
     for i in range(lanes.size):

@@ -731,16 +731,14 @@ def test_the_compiled_shadow_finds_what_ptxemu_finds():
     as_it_is = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(as_it_is)
 
+    first = {"s_wt": -2, "s_wb": -1, "s_ww": -1, "s_rt": -1, "s_rb": -1, "s_rw": -1, "s_rmulti": False, "s_rmw": False}
+
     class Shadow(as_it_is.Launch):
         def __init__(self):
             self.msgs, self.lane_warp, self.lane_blk = Counter(), np.arange(128) // 32, np.arange(128) // 64
             self.bep, self.wep = np.zeros(2, np.int32), np.zeros(4, np.int32)
-            for name, first in self.kept.items():
-                setattr(self, name, np.full(40, first, bool if first is False else np.int32))
-
-        kept = {
-            "s_wt": -2, "s_wb": -1, "s_ww": -1, "s_rt": -1, "s_rb": -1, "s_rw": -1, "s_rmulti": False, "s_rmw": False
-        }  # fmt: skip
+            for name, value in first.items():
+                setattr(self, name, np.full(40, value, bool if value is False else np.int32))
 
     rng, found = np.random.default_rng(0), Counter()
     for _ in range(40):
@@ -753,7 +751,7 @@ def test_the_compiled_shadow_finds_what_ptxemu_finds():
             (theirs._race_write if write else theirs._race_read)(instruction, offset, lanes, nbytes)
             (shadow.race_write if write else shadow.race_read)(ours, instruction, offset, lanes, nbytes)
             assert ours.msgs == theirs.msgs
-            for name in Shadow.kept:
+            for name in first:
                 np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
             for x in (theirs, ours):
                 x.bep[block] += n % 7 == 0
