@@ -21,4 +21,4 @@ def attention_backward(*args: Any) -> Any:
     from . import arrays, launch
 
     backward: Any = launch.attention_backward
-    return backward(*args[:-2], arrays.resolve_stream(args[-2]), tf32=args[-1])
+    return backward(*args[:-2], arrays.resolve_stream(args[-2]), tf32=args[-1])[:4]

@@ -234,6 +234,10 @@ def describe(x: Any, name: str, stream: int) -> Input:
     TypeError
         For what is no array on a CUDA device, cannot be shared, or has a dtype that no argument takes.
     """
+    if type(x) is DeviceArray:  # as its capsule would say
+        device = x.memory.device
+        device.wait(int(stream) or 1, x.memory.stream)
+        return Input(x.address, x.shape, x.strides, x.dtype, x.read_only, "", device.index, stream, x)
     where = getattr(type(x), "__dlpack_device__", None)
     if where is not None:
         try:

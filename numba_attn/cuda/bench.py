@@ -95,7 +95,7 @@ def _host(result: Any) -> np.ndarray:
     return np.asarray(result.detach().double().cpu().numpy())
 
 
-FILL, MOST_FILLS = 2**26, 64  # bytes that the device is busy with while the host prepares a call
+FILL, MOST_FILLS = 2**26, 400  # bytes that the device is busy with while the host prepares a call
 
 
 def timed(call: Callable[[], Any], device: Any, seconds: float) -> tuple[float, float]:

@@ -128,8 +128,10 @@ def current(index: int | None = None) -> Device:
         return _replacement
     cu = _start()
     if index is None:
-        error, device = cu.cuCtxGetDevice()
-        index = int(device) if error == 0 else 0  # an error: no context is current
+        index = 0
+        error, context = cu.cuCtxGetCurrent()  # to ask for the device is an error where there is none
+        if error == 0 and int(context):
+            index = int(_check(cu, cu.cuCtxGetDevice(), "asking for the current device"))
     found = _devices.get(index)
     if found is None:
         with _lock:

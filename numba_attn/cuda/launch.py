@@ -75,6 +75,7 @@ class Call:
         self.storage = STORAGE[problem.dtype.name]
         self.acc = "f64" if self.storage == "f64" else "f32"
         self.keep: list[Any] = []
+        self.scratch: tuple[Any, dict[str, int]] | None = None  # see workspace
         self.numbers: dict[str, int] = {}
         p = problem
         for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
@@ -218,6 +219,13 @@ class Call:
         memory = self.device.empty(math.prod(shape) * dtype.itemsize, self.stream)
         self.keep.append(memory)
         return memory, shape, dtype
+
+    def workspace(self, nbytes: int, **offsets: int) -> None:
+        """Memory in which kernels leave something for the next ones: the call's field -> where in it that begins."""
+        memory = self.device.empty(nbytes, self.stream)
+        self.keep.append(memory)
+        self.numbers |= {name: memory.address + at for name, at in offsets.items()}
+        self.scratch = memory, offsets
 
     def clear(self, result: Any, target: Array) -> None:
         """Zeros in a result; one of the caller's own has no gaps between its elements."""
@@ -371,26 +379,26 @@ REGISTERS = 65536  # of a multiprocessor; a thread has at most 255
 
 
 class Prepared:
-    """The launches of a call of `attention`, for others that differ from it in addresses alone."""
+    """The launches of a call of `attention` or `attention_backward`, for others that differ from it in addresses
+    alone."""
 
-    NAMES = ("q", "k", "v", "out", "lse", "parts", "part_stats")
+    ARRAYS = ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 
     def __init__(self, call: Call) -> None:
-        memory = call.numbers.get("parts", 0)
-        self.keep = [x for x in call.keep if x.address != memory]
-        self.workspace = next((x.nbytes for x in call.keep if x.address == memory), 0)
-        self.stats_at = call.numbers.get("part_stats", 0) - memory
-        names = [name for name in self.NAMES if name in call.numbers]
+        memory, self.offsets = call.scratch or (None, {})
+        self.workspace = None if memory is None else memory.nbytes
+        self.keep = [x for x in call.keep if x is not memory]
+        names = [name for name in (*self.ARRAYS, *self.offsets) if name in call.numbers]
         self.steps = [
             (*step, [(fields.index(name), name) for name in names if name in fields]) for *step, fields in call.steps
         ]
 
     def run(self, device: Any, stream: int, addresses: dict[str, int]) -> None:
-        """addresses: of q, k, v, out and, where it is wanted, lse."""
+        """addresses: of every array."""
         memory = None
-        if self.workspace:
+        if self.workspace is not None:
             memory = device.empty(self.workspace, stream)
-            addresses = addresses | {"parts": memory.address, "part_stats": memory.address + self.stats_at}
+            addresses = addresses | {name: memory.address + at for name, at in self.offsets.items()}
         for function, grid, threads, shared, params, places in self.steps:
             own = bytearray(params)
             for n, name in places:
@@ -485,13 +493,11 @@ def _decode(call: Call) -> None:
     places, items = decode.workspace(p)
     states = len(items) * p.kv_heads * rows
     bytes_of_o = states * decode.row_bytes(t)
-    memory, _, _ = call.empty((bytes_of_o + states * 2 * size,), np.uint8)
+    call.workspace(bytes_of_o + states * 2 * size, parts=0, part_stats=bytes_of_o)
     call.numbers |= {
         "tiles": 1,
         "part_places": call.small(places),
         "part_items": call.small(items),
-        "parts": memory.address,
-        "part_stats": memory.address + bytes_of_o,
         "part_rows": rows,
     }
     f = replace(call.features, aligned=call.aligned(("q", "k", "v")), extra=decode.EXTRA)
@@ -527,14 +533,16 @@ def attention_backward(
     on_device: bool = False,
     device: Any = None,
     tf32: bool = False,
-) -> tuple[Any, Any, tuple[Any, ...], Any]:
-    """Write dq, dk and dv; return dbias, dslopes, daux and dsinks, None for what is not there.
+    lasting: bool = False,
+) -> tuple[Any, Any, tuple[Any, ...], Any, Prepared | None]:
+    """Write dq, dk and dv; return dbias, dslopes, daux and dsinks, None for what is not there, and with `lasting` what
+    `attention` returns.
 
     on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned are Results in
         these shapes and in the argument's dtype, acc or float64.
     """
     p, device = problem, driver.current() if device is None else device
-    call = Call(p, device, stream, on_device, derivatives=True, tf32=tf32)
+    call = Call(p, device, stream, on_device, derivatives=True, tf32=tf32, lasting=lasting)
     for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse)):
         if x is not None:
             call.place(name, x)
@@ -551,11 +559,8 @@ def attention_backward(
             call.clear(result, target)
     acc = np.dtype(p.acc)
     rows = int(np.prod(q_shape))
-    stats = device.empty(2 * rows * acc.itemsize, stream)
-    call.keep.append(stats)
+    call.workspace(2 * rows * acc.itemsize, log_sums=0, deltas=rows * acc.itemsize)
     call.numbers |= {
-        "log_sums": stats.address,
-        "deltas": stats.address + rows * acc.itemsize,
         "stats_b": p.q_heads * p.q_len * acc.itemsize,
         "stats_h": p.q_len * acc.itemsize,
         "out_rows": rows,
@@ -604,12 +609,12 @@ def attention_backward(
 
     if on_device:
         call.finish()
-        return dbias, dslopes, daux, dsinks
+        return dbias, dslopes, daux, dsinks, Prepared(call) if lasting else None
     for result, target in results:
         call.fetch(result, target)
     dbias, dslopes, dsinks, *daux = (call.fetched(x) for x in (dbias, dslopes, dsinks, *daux))
     call.finish()
-    return dbias, dslopes, tuple(daux), dsinks
+    return dbias, dslopes, tuple(daux), dsinks, None
 
 
 TOGETHER = 128  # the largest head size at which a thread has registers for dK and dV

@@ -139,38 +139,29 @@ def attention(
     q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any, tf32: bool
 ) -> tuple[Any, Any]:
     """api.attention with arrays on a GPU: out, and lse or None."""
-    found = key = None
-    if _is_plain(options) and out is None and all(map(arrays.is_device_array, (q, k, v))):
-        found = arrays.describe_all({"q": q, "k": k, "v": v}, stream)
-        key = _key(found, options, return_lse, tf32)
-        plain = _PLAIN.get(key)
-        if plain is not None:
-            return _run(plain, found)
-    call = _enter(options, stream, found, q=q, k=k, v=v, out=out)
+    given = {"q": q, "k": k, "v": v}
+    found, key, plain = _like_before(given, options, out is None, stream, return_lse, tf32)
+    if plain is not None:
+        made = _run(plain, found)
+        return _results(found["q"].kind, out, made["out"], made.get("lse"))
+    call = _enter(options, stream, found, **given, out=out)
     problem = call.resolve()
     with call.launching():
-        result, lse, prepared = _forward(call, problem, return_lse, tf32, key is not None)
-    if prepared is not None and key is not None:
-        shapes = plan.output_shape(problem), plan.lse_shape(problem) if return_lse else None
-        if len(_PLAIN) >= _MOST_PLAIN:
-            _PLAIN.clear()
-        _PLAIN[key] = _Plain(prepared, call.device, *shapes, problem.dtype, np.dtype(problem.acc))
-    return _results(call, out, result, lse)
+        result, lse = _forward(call, problem, return_lse, tf32, key)
+    return _results(call.found["q"].kind, out, result, lse)
 
 
 @dataclass
 class _Plain:
-    """What a call with no array but q, k and v needs besides their addresses."""
+    """What a call needs besides addresses if it reads no arrays but q, k and v, and for gradients out, lse, dout and
+    dlse."""
 
     prepared: Any
     device: Any
-    shape: tuple[int, ...]
-    lse_shape: tuple[int, ...] | None
-    dtype: np.dtype[Any]
-    acc: np.dtype[Any]
+    results: list[tuple[str, tuple[int, ...], np.dtype[Any]]]  # names, shapes and dtypes
 
 
-_PLAIN: dict[Any, _Plain] = {}
+_PLAIN: dict[Any, _Plain | None] = {}  # None: there was one such call
 _MOST_PLAIN = 512
 _ARRAYS = ("mask", "bias", "alibi_slopes", "sinks", "score_mod")
 _NUMBERS = ("causal", "window", "align", "scale", "softcap", "seed", "layout")
@@ -184,50 +175,94 @@ def _is_plain(options: dict[str, Any]) -> bool:
     return type(aux) is tuple and not aux and type(dropout_p) is float and dropout_p == 0.0
 
 
-def _key(found: dict[str, Input], options: dict[str, Any], return_lse: bool, tf32: bool) -> Any:
+def _like_before(
+    given: dict[str, Any], options: dict[str, Any], plain: bool, stream: Any, *more: Any
+) -> tuple[Any, Any, _Plain | None]:
+    """The arrays as `arrays.describe_all` has them; what calls have in common that are like this one, if it is to be
+    prepared for others; and what was prepared. None for the arrays where it reads more than these.
+
+    The second call is prepared, for which the host waits: a cache that grows has no call like one before.
+    """
+    if not plain or not _is_plain(options) or not all(map(arrays.is_device_array, given.values())):
+        return None, None, None
+    found = arrays.describe_all(given, stream)
+    key = _key(found, options, *more)
+    if key is None or key in _PLAIN:
+        return found, key, _PLAIN.get(key)
+    _keep(key, None)
+    return found, None, None
+
+
+def _keep(key: Any, plain: _Plain | None) -> None:
+    if key not in _PLAIN and len(_PLAIN) >= _MOST_PLAIN:
+        _PLAIN.clear()
+    _PLAIN[key] = plain
+
+
+def _prepared(prepared: Any, device: Any, **results: DeviceArray | None) -> _Plain:
+    return _Plain(prepared, device, [(name, x.shape, x.dtype) for name, x in results.items() if x is not None])
+
+
+def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
     """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
     from .tile import VECTOR  # when it is known that there is a device
 
     device = driver.current(found["q"].device)
     own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))
-    return exact(own, (*(options[name] for name in _NUMBERS), return_lse, tf32))
+    return exact(own, (*(options[name] for name in _NUMBERS), *more))
 
 
-def _run(plain: _Plain, found: dict[str, Input]) -> tuple[Any, Any]:
-    """A call like one before."""
-    device, stream, kind = plain.device, found["q"].stream, found["q"].kind
+def _run(plain: _Plain, found: dict[str, Input]) -> dict[str, DeviceArray]:
+    """A call like one before: its results by name."""
+    device, stream = plain.device, found["q"].stream
     device.refuse_capture(stream)
-    result = arrays.empty(plain.shape, plain.dtype, device, stream)
-    lse = None if plain.lse_shape is None else arrays.empty(plain.lse_shape, plain.acc, device, stream)
-    addresses = {name: x.address for name, x in found.items()} | {"out": result.address}
-    if lse is not None:
-        addresses["lse"] = lse.address
+    results = {name: arrays.empty(shape, dtype, device, stream) for name, shape, dtype in plain.results}
     try:
-        plain.prepared.run(device, stream, addresses)
+        plain.prepared.run(device, stream, {name: x.address for name, x in (found | results).items()})
     finally:
         arrays.hold(found)
-    return arrays.hand_over(result, kind), None if lse is None else arrays.hand_over(lse, kind)
+    return results
 
 
 def attention_vjp(
     q: Any, k: Any, v: Any, options: dict[str, Any], aux_grad: Any, out: Any, return_lse: bool, stream: Any, tf32: bool
 ) -> tuple[Any, Any, tuple[DeviceArray, DeviceArray]]:
     """out, lse or None, and both once more for the pullback: arrays that nobody else writes to."""
-    call = _enter(options, stream, q=q, k=k, v=v, out=out)
-    problem = call.resolve()
-    check_aux_grad(aux_grad, problem.aux)
-    with call.launching():
-        result, lse, _ = _forward(call, problem, True, tf32)
-        assert lse is not None
-        kept = call.copied(call.given["out"] if result is None else shadow(result), problem.dtype)
-        kept_lse = call.copied(shadow(lse), lse.dtype) if return_lse else lse
-    return *_results(call, out, result, lse if return_lse else None), (kept, kept_lse)
+    given = {"q": q, "k": k, "v": v}
+    found, key, plain = _like_before(given, options, out is None and _is_empty(aux_grad), stream, True, tf32)
+    if plain is not None:
+        made = _run(plain, found)
+        result, lse = made["out"], made["lse"]
+        kept = _copies(shadow(result), lse, return_lse, plain.device, found["q"].stream)
+    else:
+        call = _enter(options, stream, found, **given, out=out)
+        problem, found = call.resolve(), call.found
+        check_aux_grad(aux_grad, problem.aux)
+        with call.launching():
+            result, lse = _forward(call, problem, True, tf32, key)
+            written = call.given["out"] if result is None else shadow(result)
+            kept = _copies(written, lse, return_lse, call.device, call.stream)
+    return *_results(found["q"].kind, out, result, lse if return_lse else None), kept
+
+
+def _is_empty(aux_grad: Any) -> bool:
+    return isinstance(aux_grad, tuple) and not aux_grad
+
+
+def _copies(out: Array, lse: Any, return_lse: bool, device: Any, stream: int) -> tuple[DeviceArray, DeviceArray]:
+    """out, which the caller has, and lse, which he may have, once more."""
+    from .convert import converted
+
+    return (
+        converted(out, out.dtype, device, stream),
+        converted(shadow(lse), lse.dtype, device, stream) if return_lse else lse,
+    )
 
 
 def _forward(
-    call: _Call, problem: plan.Problem, want_lse: bool, tf32: bool, lasting: bool = False
-) -> tuple[DeviceArray | None, DeviceArray | None, Any]:
-    """out, None where the caller brought one, lse, and what launch.attention returns."""
+    call: _Call, problem: plan.Problem, want_lse: bool, tf32: bool, key: Any
+) -> tuple[DeviceArray | None, DeviceArray | None]:
+    """out, None where the caller brought one, and lse. key: of calls like this one, for which it is prepared."""
     from . import launch
 
     result = lse = lse_view = None
@@ -239,15 +274,17 @@ def _forward(
     if want_lse:
         lse = call.empty(plan.lse_shape(problem), problem.acc)
         lse_view = plan.bhsd_view(shadow(lse), problem.layout)
-    prepared = launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32, lasting)
-    return result, lse, prepared
+    prepared = launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32, key is not None)
+    if key is not None:
+        _keep(key, _prepared(prepared, call.device, out=result, lse=lse))
+    return result, lse
 
 
-def _results(call: _Call, out: Any, result: DeviceArray | None, lse: DeviceArray | None) -> tuple[Any, Any]:
+def _results(kind: str, out: Any, result: DeviceArray | None, lse: DeviceArray | None) -> tuple[Any, Any]:
     """As the caller's library has them."""
     return (
-        out if result is None else call.hand_over(result, "q"),
-        None if lse is None else call.hand_over(lse, "q"),
+        out if result is None else arrays.hand_over(result, kind),
+        None if lse is None else arrays.hand_over(lse, kind),
     )
 
 
@@ -265,26 +302,33 @@ def attention_backward(
     tf32: bool,
 ) -> Gradients:
     """api.attention_backward with arrays on a GPU."""
-    call = _enter(options, stream, q=q, k=k, v=v, dout=dout, out=out, lse=lse, dlse=dlse)
+    named = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
+    found, key, plain = _like_before(named, options, _is_empty(aux_grad), stream, "backward", tf32)
+    if plain is not None:
+        made = _run(plain, found)
+        return Gradients(*(arrays.hand_over(made[f"d{name}"], found[name].kind) for name in "qkv"))
+    call = _enter(options, stream, found, **named)
     from . import launch  # when it is known that there is a device: it needs numba-cuda
 
     problem = call.resolve()
     asked = check_aux_grad(aux_grad, problem.aux)
     given = call.given
     out_view, lse_view = check_results(problem, given["out"], given["lse"])
-    dout_view, dlse_view = check_cotangents(problem, given["dout"], given["dlse"])
+    dout_view, dlse_view = check_cotangents(problem, given["dout"], given.get("dlse"))
     if dlse_view is not None and dlse_view.dtype != problem.acc:
-        dlse_view = shadow(call.copied(dlse_view, problem.acc))
+        dlse_view, key = shadow(call.copied(dlse_view, problem.acc)), None  # which other calls would not have
     results = [call.empty(given[name].shape, problem.dtype) for name in "qkv"]
     dq_view, dk_view, dv_view = (plan.bhsd_view(shadow(x), problem.layout) for x in results)
     bias, slopes = call.found.get("bias"), call.found.get("alibi_slopes")
     bias_shape = None if bias is None else (1,) * (4 - len(bias.shape)) + bias.shape
     slopes_shape = None if slopes is None else (1,) * (2 - len(slopes.shape)) + slopes.shape
     with call.launching():
-        dbias, dslopes, daux, dsinks = launch.attention_backward(
+        dbias, dslopes, daux, dsinks, prepared = launch.attention_backward(
             problem, out_view, lse_view, dout_view, dlse_view, dq_view, dk_view, dv_view, bias_shape, slopes_shape,
-            asked, call.stream, True, call.device, tf32=tf32,
+            asked, call.stream, True, call.device, tf32=tf32, lasting=key is not None,
         )  # fmt: skip
+        if key is not None:
+            _keep(key, _prepared(prepared, call.device, dq=results[0], dk=results[1], dv=results[2]))
         rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
         tables = tuple(call.gradient(x, f"aux[{n}]") for n, x in enumerate(daux))
     dq, dk, dv = (call.hand_over(x, name) for x, name in zip(results, "qkv", strict=True))

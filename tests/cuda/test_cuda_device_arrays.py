@@ -147,6 +147,7 @@ def library(monkeypatch, kind, current=7):
 
 @pytest.mark.parametrize("kind", ["torch", "cupy", "jax", "numba", ""])
 def test_results_are_of_the_callers_kind(device, monkeypatch, kind):
+    on_device._PLAIN.clear()
     make = library(monkeypatch, kind) if kind else InterfaceArray
     stream = 7 if kind in ("torch", "cupy") else 0
     q, k, v = qkv()
@@ -797,18 +798,23 @@ def test_temporaries_where_memory_is_not_freed_in_order(device, monkeypatch):
     there = [on(device, x, InterfaceArray) for x in (q[:, :, :3], k, v)]
     held = []
     monkeypatch.setattr(device, "hold", lambda things, stream: held.extend(things))
-    for _ in range(2):
+    for _ in range(3):
         na.attention(*there)
     assert held and not any(isinstance(x, driver.Memory) for x in held)
     monkeypatch.setattr(device, "ordered", False)
-    for _ in range(2):
+    on_device._PLAIN.clear()
+    for _ in range(3):
         held.clear()
         na.attention(*there)
         assert any(isinstance(x, driver.Memory) for x in held)
-        on_device._PLAIN.clear()
 
 
 # ---------------------------------------------------------------- calls like one before
+
+
+def prepared():
+    """How many kinds of calls were prepared for others like them."""
+    return sum(x is not None for x in on_device._PLAIN.values())
 
 
 @pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
@@ -820,8 +826,9 @@ def test_a_call_like_one_before(device, layout, sq, kind):
     axis = layout.index("s")
     options = dict(causal=True, align="bottom_right", layout=layout, scale=0.3, return_lse=True)
     first = [random(B, *(n if layout == "bhsd" else n[::-1]), D, seed=9) for n in ((HQ, sq), (HKV, SK), (HKV, SK))]
-    na.attention(*on(device, first, kind), **options)
-    assert len(on_device._PLAIN) == 1
+    for n in range(2):  # the second is prepared
+        na.attention(*on(device, first, kind), **options)
+        assert prepared() == n
     device.launches.clear()
     q, k, v = (x[::-1].copy() + 1 for x in first)
     there = on(device, [q, k, v], kind)
@@ -830,7 +837,7 @@ def test_a_call_like_one_before(device, layout, sq, kind):
         patch.setattr(device, "upload", lambda x, stream: uploaded.append(x))
         patch.setattr(device, "synchronize", None)
         out, lse = na.attention(*there, **options, stream=7)
-    assert not uploaded and len(on_device._PLAIN) == 1 and {x.stream for x in device.launches} == {7}
+    assert not uploaded and {x.stream for x in device.launches} == {7}
     assert len(device.launches) == (2 if sq == 3 else 1)
     want, want_lse = na.reference.attention(q, k, v, **options)
     assert out.shape == want.shape and lse.shape == want_lse.shape and want.shape[axis] == sq
@@ -840,6 +847,75 @@ def test_a_call_like_one_before(device, layout, sq, kind):
     again, again_lse = na.attention(*there, **options)
     np.testing.assert_array_equal(again.copy_to_host(), out.copy_to_host())
     np.testing.assert_array_equal(again_lse.copy_to_host(), lse.copy_to_host())
+
+
+@pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_gradients_like_those_before(device, layout, with_lse, kind):
+    """Straight to the kernels, both ways, and what the caller does to out in between changes nothing."""
+    on_device._PLAIN.clear()
+    shape = lambda h, s: (B, h, s, D) if layout == "bhsd" else (B, s, h, D)  # noqa: E731
+    options = dict(causal=True, align="bottom_right", layout=layout, scale=0.3)
+    first = [random(*shape(h, s), seed=9) for h, s in ((HQ, SQ), (HKV, SK), (HKV, SK), (HQ, SQ))]
+    dlse = random(*shape(HQ, SQ)[:3], seed=4)
+    for n, arrays_here in enumerate((first, first, [x[::-1].copy() + 0.1 for x in first])):
+        q, k, v, dout = on(device, arrays_here, kind)
+        rows = kind(device, dlse) if with_lse else None
+        device.launches.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            if n == 2:
+                patch.setattr(device, "upload", None)
+                patch.setattr(device, "synchronize", None)
+            out, pullback = na.attention_vjp(q, k, v, **options, return_lse=with_lse, stream=7)
+            for x in out if with_lse else (out,):
+                device.bytes_at(x.address, x.nbytes)[:] = 0
+            grads = pullback(dout, rows, stream=8)
+        assert prepared() == (2 if n else 0)
+        copies = 2 if with_lse else 1
+        assert [x.stream for x in device.launches] == [7] * (1 + copies) + [8] * 3
+        wanted = na.reference.attention_backward(
+            arrays_here[3], *arrays_here[:3], dlse=dlse if with_lse else None, **options
+        )
+        for name in ("dq", "dk", "dv"):
+            got, want = getattr(grads, name), getattr(wanted, name)
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got.copy_to_host(), want, atol=2e-5, err_msg=name)
+        assert grads[3:] == (None,) * 4
+
+
+def test_gradients_that_are_not_alike(device):
+    """One more array, the same ones elsewhere, and a dlse that is converted first."""
+    on_device._PLAIN.clear()
+    q, k, v = on(device, qkv())
+    dout, shifted = on(device, [random(B, HQ, SQ, D + 1)] * 2)
+    dout.shape = shifted.shape = B, HQ, SQ, D
+    shifted.address += 4
+    rows = random(B, HQ, SQ)
+    _, pullback = na.attention_vjp(q, k, v, causal=True, align=0)
+    calls = [(dout,), (shifted,), (dout, on(device, rows))]
+    for n, arguments in enumerate(calls):
+        first = pullback(*arguments)
+        assert prepared() == n
+        for _ in range(2):
+            again = pullback(*arguments)
+            assert prepared() == n + 1
+            for x, y in zip(first[:3], again[:3], strict=True):
+                np.testing.assert_array_equal(x.copy_to_host(), y.copy_to_host())
+    wide = on(device, rows.astype(np.float64))
+    for _ in range(3):  # what it converts is not there for another
+        grads = pullback(dout, wide)
+        np.testing.assert_array_equal(grads.dq.copy_to_host(), first.dq.copy_to_host())
+    assert prepared() == len(calls)
+    with pytest.raises(TypeError, match="on a GPU and dout is in host memory"):
+        pullback(random(B, HQ, SQ, D))
+    with pytest.raises(ValueError, match=r"^dout has shape"):
+        pullback(on(device, random(B, HQ, SQ, D + 1)))
+    for options in ({"sinks": on(device, random(HQ))}, {"out": on(device, np.empty((B, HQ, SQ, D), np.float32))}):
+        na.attention_vjp(q, k, v, **options)
+    with pytest.raises(ValueError, match=r"^aux_grad"):
+        na.attention_vjp(q, k, v, causal=True, align=0, aux_grad=(0,))
+    assert prepared() == len(calls)
 
 
 def test_calls_that_are_not_alike(device):
@@ -859,10 +935,9 @@ def test_calls_that_are_not_alike(device):
         ((on(device, qkv()[0].astype(np.float64)), *(on(device, x.astype(np.float64)) for x in qkv()[1:])), {}),
     ]  # fmt: skip
     for n, (arrays_there, options) in enumerate(calls):
-        na.attention(*arrays_there, **options)
-        assert len(on_device._PLAIN) == n + 1
-        na.attention(*arrays_there, **options)
-        assert len(on_device._PLAIN) == n + 1
+        for m in range(3):
+            na.attention(*arrays_there, **options)
+            assert prepared() == n + (m > 0)
     with pytest.raises(TypeError, match=r"^causal is 1"):
         na.attention(*there, causal=1)
     with pytest.raises(ValueError, match="tf32 is True and q has dtype float64"):
@@ -875,20 +950,24 @@ def test_calls_that_are_not_alike(device):
         {"dropout_p": 0.5, "seed": 1},
         {"out": on(device, np.empty((B, HQ, SQ, D), np.float32))},
     ):
-        na.attention(*there, **options)
-        assert len(on_device._PLAIN) == len(calls), f"{options} is not plain"
+        for _ in range(2):
+            na.attention(*there, **options)
+        assert prepared() == len(calls), f"{options} is not plain"
 
 
 def test_what_is_kept_of_calls_is_bounded_and_given_back(device, monkeypatch):
     on_device._PLAIN.clear()
     gc.collect()
     there = on(device, qkv())
+    dout = on(device, random(B, HQ, SQ, D))
     before = sum(x is not None for x in device.hosts)
     monkeypatch.setattr(on_device, "_MOST_PLAIN", 3)
     for n in range(8):
-        na.attention(*there, scale=1.0 + n)
-        assert len(on_device._PLAIN) <= 3
-    kept = [x for plain in on_device._PLAIN.values() for x in plain.prepared.keep]
+        for _ in range(2):
+            na.attention(*there, scale=1.0 + n)
+            na.attention_vjp(*there, scale=1.0 + n)[1](dout)
+            assert len(on_device._PLAIN) <= 3
+    kept = [x for plain in on_device._PLAIN.values() if plain for x in plain.prepared.keep]
     assert kept and all(x.settle for x in kept), "a kernel of any stream may be reading it when it goes"
     del kept
     on_device._PLAIN.clear()

@@ -148,7 +148,8 @@ class FakeBindings:
         return 0, self.stack[-1] if self.stack else 0
 
     def _cuCtxGetDevice(self):
-        return (0, self.stack[-1] - self.CONTEXT) if self.stack else (201, None)
+        assert self.stack, "an error of the driver, which compute-sanitizer reports"
+        return 0, self.stack[-1] - self.CONTEXT
 
     def _cuCtxPushCurrent(self, context):
         self.stack.append(context)
