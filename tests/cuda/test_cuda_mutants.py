@@ -2,6 +2,7 @@
 numbers, races, bounds, barriers or reads of what nobody wrote.
 
     python tests/cuda/test_cuda_mutants.py forward float16 5 8     # 8 mutants of seed 5, and what is left of them
+    python tests/cuda/test_cuda_mutants.py                         # all that are drawn here, as docs/cuda.md has them
 
 The draws are seeded, and go on until so many mutants were noticed or left other bits in memory. One whose code no
 problem runs (a copy of an unrolled loop for turns that the tile never has), or that leaves the same bits, is no bug
@@ -9,6 +10,7 @@ that a result could show; the program above shows them for a person to judge. A 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,5 +112,27 @@ def judge(what: str, dtype: str, seed: int, count: int) -> None:
         print(mutations.context(ptx, o.mutation, 8))
 
 
+TOGETHER = (
+    ("forward",), ("decode",), ("merge",), ("queries",), ("keys",), ("rows", "fill"), ("bias", "total"),
+    ("slopes", "sinks"), ("aux", "aux_total"), ("convert",),
+)  # fmt: skip
+
+
+def tell_all() -> None:
+    """A table: kernels by fate."""
+    fates: dict[str, Counter[str]] = {}
+    for draw in (*DRAWS, *((*quick, QUICK_PROBLEMS, QUICK_KINDS) for quick in QUICK)):
+        fates.setdefault(draw[0], Counter()).update(o.fate for o in judged(*draw).outcomes)
+    rows = [(", ".join(names), sum((fates[name] for name in names), Counter())) for names in TOGETHER]
+    rows.append(("all", sum((row for _, row in rows), Counter())))
+    told = [fate for fate in mutations.FATES if rows[-1][1][fate]]
+    print(f"| kernel | {' | '.join(told)} |\n|{'---|' * (1 + len(told))}")
+    for name, row in rows:
+        print(f"| {name} | {' | '.join(str(row[fate] or '-') for fate in told)} |")
+
+
 if __name__ == "__main__":
-    judge(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    if len(sys.argv) > 1:
+        judge(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        tell_all()
