@@ -1,5 +1,5 @@
-"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits, and the results are arrays
-of the caller's library.
+"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits but the one call of many
+alike that is prepared (`_like_before`), and the results are arrays of the caller's library.
 
 `plan` decides by dtype, shape, strides and address, so that it is given shadows (arrays.shadow), which nobody may read.
 What it would convert, it finds converted.
@@ -181,7 +181,8 @@ def _like_before(
     """The arrays as `arrays.describe_all` has them; what calls have in common that are like this one, if it is to be
     prepared for others; and what was prepared. None for the arrays where it reads more than these.
 
-    The second call is prepared, for which the host waits: a cache that grows has no call like one before.
+    The second call is prepared, for which the host waits for the legacy default stream. Layers that share the shapes of
+    a growing cache have one such call for each length.
     """
     if not plain or not _is_plain(options) or not all(map(arrays.is_device_array, given.values())):
         return None, None, None

@@ -16,6 +16,17 @@ from numba.extending import intrinsic
 
 
 @numba.njit
+def unordered(other, me, warps, block_then, block_at, warp_then, warp_at):  # type: ignore[no-untyped-def]
+    """Whether another thread's access has no barrier between it and this one, of the block or of a warp of both."""
+    return (
+        other >= 0
+        and other != me
+        and block_then == block_at
+        and not (warps[other] == warps[me] and warp_then < warp_at)
+    )
+
+
+@numba.njit
 def reads(
     word, n, lanes, warps, block_now, warp_now,
     wrote, wrote_block, wrote_warp, read, read_block, read_warp, many, others,
@@ -29,8 +40,7 @@ def reads(
         for w in range(word[i], word[i] + n):
             writer, reader = wrote[w], read[w]
             nobody |= writer < -1
-            if writer >= 0 and writer != me and wrote_block[w] == block_at:
-                raced |= not (warps[writer] == warp and wrote_warp[w] < warp_at)
+            raced |= unordered(writer, me, warps, wrote_block[w], block_at, wrote_warp[w], warp_at)
             if read_block[w] != block_at:
                 many[w] = others[w] = False
             elif reader >= 0 and reader != me:
@@ -55,8 +65,7 @@ def writes(
         raced = raced_read = False
         for w in range(word[i], word[i] + n):
             writer, reader = wrote[w], read[w]
-            if writer >= 0 and writer != me and wrote_block[w] == block_at:
-                raced |= not (warps[writer] == warp and wrote_warp[w] < warp_at)
+            raced |= unordered(writer, me, warps, wrote_block[w], block_at, wrote_warp[w], warp_at)
             if reader >= 0 and read_block[w] == block_at and (reader != me or many[w]):
                 raced_read |= not (warps[reader] == warp and not others[w] and read_warp[w] < warp_at)
         after_write += raced
