@@ -124,8 +124,7 @@ def attention(
     Every array may be one on a GPU instead: of torch, CuPy, JAX, Numba or any library with DLPack or
     __cuda_array_interface__. Then all are, on one device; the settings in a Mask and align stay in host memory. The
     result is an array of q's library. The work is left on the stream: nothing waits for it, and nothing is copied to
-    the host. (The second of calls that differ in addresses alone is prepared for the others; the host waits for what is
-    on the legacy default stream then.)
+    the host.
 
     The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a
     NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows; on a GPU only

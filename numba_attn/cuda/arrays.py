@@ -115,6 +115,11 @@ def resolve_stream(stream: Any, kind: str = "", device: int | None = None) -> in
     return result
 
 
+def lasts(stream: int) -> bool:
+    """Whether the handle means the same stream, in every thread, for as long as it is kept."""
+    return int(stream) in (0, 1) or (isinstance(stream, Stream) and stream != PER_THREAD)
+
+
 def _current_stream(kind: str, device: int | None) -> Any:
     library = sys.modules.get(kind) if kind in ("torch", "cupy") else None
     if library is None:

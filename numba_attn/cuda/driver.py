@@ -209,6 +209,19 @@ class Memory:
             self.device.free(self)
 
 
+class Mark:
+    """A point of a stream: what was on it when this was last recorded."""
+
+    __slots__ = ("device", "event")
+
+    def __init__(self, device: Any, event: Any) -> None:
+        self.device, self.event = device, event
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # as for Memory
+            self.device.forget(self)
+
+
 class _Extra(ctypes.Structure):
     """What `extra` of cuLaunchKernel points to, a list of names and values; the size is behind it."""
 
@@ -245,6 +258,8 @@ class Device:
         Bytes.
     ordered : bool
         Whether memory is freed in the order of its stream, so that it may be dropped while kernels use it.
+    own : int
+        A stream of this package, for which no other waits: memory that kernels of many streams read is freed on it.
     """
 
     def __init__(self, index: int, cu: Any) -> None:
@@ -268,8 +283,10 @@ class Device:
         self._context = _check(cu, cu.cuDevicePrimaryCtxRetain(handle), f"opening a context on CUDA device {index}")
         self._context_address = int(self._context)
         self._lock = threading.Lock()
-        self._held: deque[tuple[Any, Any]] = deque()
+        self._held: deque[tuple[Mark, Any]] = deque()
         with self.active():
+            flags = int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self.own = int(_check(cu, cu.cuStreamCreate(flags), f"making a stream on CUDA device {index}"))
             self._pool = self._make_pool() if attribute("MEMORY_POOLS_SUPPORTED") else None
         self.ordered = self._pool is not None
 
@@ -527,17 +544,49 @@ class Device:
         """What is put on `stream` from now on starts after what is on `other` now."""
         if (stream or 1) == (other or 1):  # 0 and 1 both name the legacy default stream
             return
-        cu = self._cu
         with self.active():
-            event = self._record(other)
-            _check(cu, cu.cuStreamWaitEvent(stream, event, 0), "ordering two streams")
-            cu.cuEventDestroy(event)  # what waits for it still does
+            self.after(stream, self.mark(other))
 
     def hold(self, thing: Any, stream: int) -> None:
         """Keep a reference until everything that is on the stream now is done, and a later call here notices it."""
         self._let_go()
+        self._held.append((self.mark(stream), thing))
+
+    def mark(self, stream: int) -> Mark:
+        """What is on the stream now."""
+        cu = self._cu
         with self.active():
-            self._held.append((self._record(stream), thing))
+            event = _check(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)), "making an event")
+            mark = Mark(self, event)
+            self.record(mark, stream)
+        return mark
+
+    def record(self, mark: Mark, stream: int) -> None:
+        """What is on the stream now in place of what was marked before."""
+        self._call("recording an event", self._cu.cuEventRecord, mark.event, stream)
+
+    def after(self, stream: int, mark: Mark) -> None:
+        """What is put on `stream` from now on starts after what is marked now."""
+        self._call("ordering two streams", self._cu.cuStreamWaitEvent, stream, mark.event, 0)
+
+    def passed(self, mark: Mark) -> bool:
+        """Whether what is marked is done; False where that can't be asked now.
+
+        While another thread captures a graph (torch.cuda.graph) the query would be an error here, and the end of that
+        capture, if this thread did not say that it knows what it does."""
+        cu = self._cu
+        error, mode = cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            found = int(cu.cuEventQuery(mark.event)[0])
+        finally:
+            if error == 0:
+                cu.cuThreadExchangeStreamCaptureMode(mode)
+        return found != _NOT_READY and found not in _CAPTURE
+
+    def forget(self, mark: Mark) -> None:
+        """Called by Mark, once. What waits for it still does."""
+        if not _forked:
+            self._cu.cuEventDestroy(mark.event)
 
     def event(self, stream: int) -> Any:
         """A mark on the stream, for `elapsed`."""
@@ -557,36 +606,17 @@ class Device:
             cu.cuEventDestroy(last)
         return float(milliseconds) / 1e3
 
-    def _record(self, stream: int) -> Any:
-        cu = self._cu
-        event = _check(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)), "making an event")
-        _check(cu, cu.cuEventRecord(event, stream), "recording an event")
-        return event
-
     def _let_go(self) -> None:
         # A deque's ends are safe to use from many threads, and from a finaliser that runs inside this very function,
         # where a lock would not be.
         while self._held:
             try:
-                event, thing = self._held.popleft()
+                mark, thing = self._held.popleft()
             except IndexError:  # another thread was faster
                 return
-            error = self._query(event)
-            if error == _NOT_READY or error in _CAPTURE:
-                self._held.appendleft((event, thing))
+            if not self.passed(mark):
+                self._held.appendleft((mark, thing))
                 return
-            self._cu.cuEventDestroy(event)
-
-    def _query(self, event: Any) -> int:
-        """The error of cuEventQuery. While another thread captures a graph (torch.cuda.graph) the query would be an
-        error here, and the end of that capture, if this thread did not say that it knows what it does."""
-        cu = self._cu
-        error, mode = cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-        try:
-            return int(cu.cuEventQuery(event)[0])
-        finally:
-            if error == 0:
-                cu.cuThreadExchangeStreamCaptureMode(mode)
 
 
 def older_version(ptx: str, log: str) -> str | None:

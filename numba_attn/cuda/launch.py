@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 from .. import score
 from ..arrays import Array
 from ..online import LOG2E
-from . import backward, decode, driver, dual, forward, modifiers, sums
+from . import arrays, backward, decode, driver, dual, forward, modifiers, sums
 from .compile import kernel_ptx
 from .scores import REALS, Features, signature
 from .tile import SIZE, VECTOR
@@ -49,7 +50,7 @@ class Call:
     on_device: the problem's arrays are shadows, NumPy views of device memory that nobody may read here.
     tf32: float32 by tensor cores.
     steps: what was launched: function, grid, threads, bytes of shared memory, parameters and their names.
-    lasting: its own numbers on the device are for other calls as well, on any stream.
+    lasting: for a Prepared: `steps` are kept.
     """
 
     def __init__(
@@ -157,10 +158,7 @@ class Call:
 
     def small(self, x: Array) -> int:
         """The device address of a copy of an array of ours."""
-        memory = self.device.upload(np.ascontiguousarray(x), 0 if self.lasting else self.stream)
-        if self.lasting:
-            self.device.synchronize(0)
-            memory.settle = True
+        memory = self.device.upload(np.ascontiguousarray(x), self.stream)
         self.keep.append(memory)
         return int(memory.address)
 
@@ -380,11 +378,18 @@ REGISTERS = 65536  # of a multiprocessor; a thread has at most 255
 
 class Prepared:
     """The launches of a call of `attention` or `attention_backward`, for others that differ from it in addresses
-    alone."""
+    alone, on any stream.
+
+    The call's numbers on the device become the device's own stream's, on which they are freed some day: it is told of
+    all launches that read them, by marks of their streams, when this object dies; for a stream that may be gone then,
+    at once. So the host never waits.
+    """
 
     ARRAYS = ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 
     def __init__(self, call: Call) -> None:
+        self.device = device = call.device
+        self.used: dict[int, Any] = {}  # stream -> mark behind the last launch there
         memory, self.offsets = call.scratch or (None, {})
         self.workspace = None if memory is None else memory.nbytes
         self.keep = [x for x in call.keep if x is not memory]
@@ -392,10 +397,37 @@ class Prepared:
         self.steps = [
             (*step, [(fields.index(name), name) for name in names if name in fields]) for *step, fields in call.steps
         ]
+        self.ready = device.mark(call.stream)  # what the call has put there: copies and launches; None when it is done
+        device.after(device.own, self.ready)
+        for x in self.keep:
+            x.stream = device.own
 
-    def run(self, device: Any, stream: int, addresses: dict[str, int]) -> None:
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # as for driver.Memory
+            for mark in self.used.values():
+                self.device.after(self.device.own, mark)
+
+    def run(self, stream: int, addresses: dict[str, int]) -> None:
         """addresses: of every array."""
-        memory = None
+        device, ready = self.device, self.ready
+        if ready is not None:
+            if device.passed(ready):
+                self.ready = None
+            else:
+                device.after(stream, ready)
+        mark = None
+        if arrays.lasts(stream):
+            mark = self.used.get(stream) or self.used.setdefault(stream, device.mark(stream))
+        try:
+            self._launch(stream, addresses)
+        finally:
+            if mark is None:
+                device.wait(device.own, stream)
+            else:
+                device.record(mark, stream)
+
+    def _launch(self, stream: int, addresses: dict[str, int]) -> None:
+        device, memory = self.device, None
         if self.workspace is not None:
             memory = device.empty(self.workspace, stream)
             addresses = addresses | {name: memory.address + at for name, at in self.offsets.items()}

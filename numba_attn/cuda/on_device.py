@@ -1,5 +1,5 @@
-"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits but the one call of many
-alike that is prepared (`_like_before`), and the results are arrays of the caller's library.
+"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits, and the results are arrays
+of the caller's library.
 
 `plan` decides by dtype, shape, strides and address, so that it is given shadows (arrays.shadow), which nobody may read.
 What it would convert, it finds converted.
@@ -7,6 +7,7 @@ What it would convert, it finds converted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,12 +158,12 @@ class _Plain:
     dlse."""
 
     prepared: Any
-    device: Any
     results: list[tuple[str, tuple[int, ...], np.dtype[Any]]]  # names, shapes and dtypes
 
 
-_PLAIN: dict[Any, _Plain | None] = {}  # None: there was one such call
+_PLAIN: dict[Any, _Plain] = {}  # the last one used is last
 _MOST_PLAIN = 512
+_lock = threading.Lock()
 _ARRAYS = ("mask", "bias", "alibi_slopes", "sinks", "score_mod")
 _NUMBERS = ("causal", "window", "align", "scale", "softcap", "seed", "layout")
 
@@ -178,30 +179,30 @@ def _is_plain(options: dict[str, Any]) -> bool:
 def _like_before(
     given: dict[str, Any], options: dict[str, Any], plain: bool, stream: Any, *more: Any
 ) -> tuple[Any, Any, _Plain | None]:
-    """The arrays as `arrays.describe_all` has them; what calls have in common that are like this one, if it is to be
-    prepared for others; and what was prepared. None for the arrays where it reads more than these.
-
-    The second call is prepared, for which the host waits for the legacy default stream. Layers that share the shapes of
-    a growing cache have one such call for each length.
-    """
+    """The arrays as `arrays.describe_all` has them; what calls have in common that are like this one, if others may be;
+    and what the first of them has prepared. None for the arrays where it reads more than these."""
     if not plain or not _is_plain(options) or not all(map(arrays.is_device_array, given.values())):
         return None, None, None
     found = arrays.describe_all(given, stream)
     key = _key(found, options, *more)
-    if key is None or key in _PLAIN:
-        return found, key, _PLAIN.get(key)
-    _keep(key, None)
-    return found, None, None
+    if key is None:
+        return found, None, None
+    with _lock:
+        before = _PLAIN.pop(key, None)
+        if before is not None:
+            _PLAIN[key] = before
+    return found, key, before
 
 
-def _keep(key: Any, plain: _Plain | None) -> None:
-    if key not in _PLAIN and len(_PLAIN) >= _MOST_PLAIN:
-        _PLAIN.clear()
-    _PLAIN[key] = plain
-
-
-def _prepared(prepared: Any, device: Any, **results: DeviceArray | None) -> _Plain:
-    return _Plain(prepared, device, [(name, x.shape, x.dtype) for name, x in results.items() if x is not None])
+def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
+    """For the calls that are like this one; in place of those that nobody has made for longest."""
+    plain = _Plain(prepared, [(name, x.shape, x.dtype) for name, x in results.items() if x is not None])
+    gone = []  # what dies does so outside of the lock
+    with _lock:
+        gone.append(_PLAIN.pop(key, None))
+        while len(_PLAIN) >= _MOST_PLAIN:
+            gone.append(_PLAIN.pop(next(iter(_PLAIN))))
+        _PLAIN[key] = plain
 
 
 def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
@@ -215,11 +216,11 @@ def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
 
 def _run(plain: _Plain, found: dict[str, Input]) -> dict[str, DeviceArray]:
     """A call like one before: its results by name."""
-    device, stream = plain.device, found["q"].stream
+    device, stream = plain.prepared.device, found["q"].stream
     device.refuse_capture(stream)
     results = {name: arrays.empty(shape, dtype, device, stream) for name, shape, dtype in plain.results}
     try:
-        plain.prepared.run(device, stream, {name: x.address for name, x in (found | results).items()})
+        plain.prepared.run(stream, {name: x.address for name, x in (found | results).items()})
     finally:
         arrays.hold(found)
     return results
@@ -234,7 +235,7 @@ def attention_vjp(
     if plain is not None:
         made = _run(plain, found)
         result, lse = made["out"], made["lse"]
-        kept = _copies(shadow(result), lse, return_lse, plain.device, found["q"].stream)
+        kept = _copies(shadow(result), lse, return_lse, plain.prepared.device, found["q"].stream)
     else:
         call = _enter(options, stream, found, **given, out=out)
         problem, found = call.resolve(), call.found
@@ -277,7 +278,7 @@ def _forward(
         lse_view = plan.bhsd_view(shadow(lse), problem.layout)
     prepared = launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32, key is not None)
     if key is not None:
-        _keep(key, _prepared(prepared, call.device, out=result, lse=lse))
+        _keep(key, prepared, out=result, lse=lse)
     return result, lse
 
 
@@ -329,7 +330,7 @@ def attention_backward(
             asked, call.stream, True, call.device, tf32=tf32, lasting=key is not None,
         )  # fmt: skip
         if key is not None:
-            _keep(key, _prepared(prepared, call.device, dq=results[0], dk=results[1], dv=results[2]))
+            _keep(key, prepared, dq=results[0], dk=results[1], dv=results[2])
         rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
         tables = tuple(call.gradient(x, f"aux[{n}]") for n, x in enumerate(daux))
     dq, dk, dv = (call.hand_over(x, name) for x, name in zip(results, "qkv", strict=True))

@@ -134,11 +134,13 @@ class EmulatedDevice:
     launches : list of Launched
     findings : Counter
     calls : list of tuple
-        What was asked for that means nothing here: ("wait", stream, other), ("hold", stream), ("synchronize", stream).
+        What was asked for that means nothing here: ("wait", stream, other), ("hold", stream), ("synchronize", stream),
+        ("after", stream, event), ... An event is a stream and how many launches there had been on the device.
     """
 
     total_memory = 1 << 30
     ordered = True
+    own = 0xA11
 
     def __init__(
         self,
@@ -265,6 +267,21 @@ class EmulatedDevice:
 
     def wait(self, stream: int, other: int) -> None:
         self.calls.append(("wait", int(stream), int(other)))
+
+    def mark(self, stream: int) -> driver.Mark:
+        return driver.Mark(self, (int(stream), len(self.launches)))
+
+    def record(self, mark: driver.Mark, stream: int) -> None:
+        mark.event = (int(stream), len(self.launches))
+
+    def after(self, stream: int, mark: driver.Mark) -> None:
+        self.calls.append(("after", int(stream), mark.event))
+
+    def passed(self, mark: driver.Mark) -> bool:
+        return True
+
+    def forget(self, mark: driver.Mark) -> None:
+        self.calls.append(("forget", mark.event))
 
     def event(self, stream: int) -> float:
         return time.perf_counter()

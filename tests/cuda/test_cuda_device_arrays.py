@@ -815,11 +815,6 @@ def test_temporaries_where_memory_is_not_freed_in_order(device, monkeypatch):
 # ---------------------------------------------------------------- calls like one before
 
 
-def prepared():
-    """How many kinds of calls were prepared for others like them."""
-    return sum(x is not None for x in on_device._PLAIN.values())
-
-
 @pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
 @pytest.mark.parametrize("sq", [SQ, 3], ids=["forward", "decode"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -829,9 +824,8 @@ def test_a_call_like_one_before(device, layout, sq, kind):
     axis = layout.index("s")
     options = dict(causal=True, align="bottom_right", layout=layout, scale=0.3, return_lse=True)
     first = [random(B, *(n if layout == "bhsd" else n[::-1]), D, seed=9) for n in ((HQ, sq), (HKV, SK), (HKV, SK))]
-    for n in range(2):  # the second is prepared
-        na.attention(*on(device, first, kind), **options)
-        assert prepared() == n
+    na.attention(*on(device, first, kind), **options)
+    assert len(on_device._PLAIN) == 1
     device.launches.clear()
     q, k, v = (x[::-1].copy() + 1 for x in first)
     there = on(device, [q, k, v], kind)
@@ -862,19 +856,19 @@ def test_gradients_like_those_before(device, layout, with_lse, kind):
     options = dict(causal=True, align="bottom_right", layout=layout, scale=0.3)
     first = [random(*shape(h, s), seed=9) for h, s in ((HQ, SQ), (HKV, SK), (HKV, SK), (HQ, SQ))]
     dlse = random(*shape(HQ, SQ)[:3], seed=4)
-    for n, arrays_here in enumerate((first, first, [x[::-1].copy() + 0.1 for x in first])):
+    for n, arrays_here in enumerate((first, [x[::-1].copy() + 0.1 for x in first])):
         q, k, v, dout = on(device, arrays_here, kind)
         rows = kind(device, dlse) if with_lse else None
         device.launches.clear()
         with pytest.MonkeyPatch.context() as patch:
-            if n == 2:
+            if n:
                 patch.setattr(device, "upload", None)
                 patch.setattr(device, "synchronize", None)
             out, pullback = na.attention_vjp(q, k, v, **options, return_lse=with_lse, stream=7)
             for x in out if with_lse else (out,):
                 device.bytes_at(x.address, x.nbytes)[:] = 0
             grads = pullback(dout, rows, stream=8)
-        assert prepared() == (2 if n else 0)
+        assert len(on_device._PLAIN) == 2
         copies = 2 if with_lse else 1
         assert [x.stream for x in device.launches] == [7] * (1 + copies) + [8] * 3
         wanted = na.reference.attention_backward(
@@ -898,18 +892,15 @@ def test_gradients_that_are_not_alike(device):
     _, pullback = na.attention_vjp(q, k, v, causal=True, align=0)
     calls = [(dout,), (shifted,), (dout, on(device, rows))]
     for n, arguments in enumerate(calls):
-        first = pullback(*arguments)
-        assert prepared() == n
-        for _ in range(2):
-            again = pullback(*arguments)
-            assert prepared() == n + 1
-            for x, y in zip(first[:3], again[:3], strict=True):
-                np.testing.assert_array_equal(x.copy_to_host(), y.copy_to_host())
+        first, again = pullback(*arguments), pullback(*arguments)
+        assert len(on_device._PLAIN) == n + 2
+        for x, y in zip(first[:3], again[:3], strict=True):
+            np.testing.assert_array_equal(x.copy_to_host(), y.copy_to_host())
     wide = on(device, rows.astype(np.float64))
-    for _ in range(3):  # what it converts is not there for another
+    for _ in range(2):  # what it converts is not there for another
         grads = pullback(dout, wide)
         np.testing.assert_array_equal(grads.dq.copy_to_host(), first.dq.copy_to_host())
-    assert prepared() == len(calls)
+    assert len(on_device._PLAIN) == 1 + len(calls)
     with pytest.raises(TypeError, match="on a GPU and dout is in host memory"):
         pullback(random(B, HQ, SQ, D))
     with pytest.raises(ValueError, match=r"^dout has shape"):
@@ -918,7 +909,7 @@ def test_gradients_that_are_not_alike(device):
         na.attention_vjp(q, k, v, **options)
     with pytest.raises(ValueError, match=r"^aux_grad"):
         na.attention_vjp(q, k, v, causal=True, align=0, aux_grad=(0,))
-    assert prepared() == len(calls)
+    assert len(on_device._PLAIN) == 1 + len(calls)
 
 
 def test_calls_that_are_not_alike(device):
@@ -938,13 +929,15 @@ def test_calls_that_are_not_alike(device):
         ((on(device, qkv()[0].astype(np.float64)), *(on(device, x.astype(np.float64)) for x in qkv()[1:])), {}),
     ]  # fmt: skip
     for n, (arrays_there, options) in enumerate(calls):
-        for m in range(3):
+        for _ in range(2):
             na.attention(*arrays_there, **options)
-            assert prepared() == n + (m > 0)
+            assert len(on_device._PLAIN) == n + 1
     with pytest.raises(TypeError, match=r"^causal is 1"):
         na.attention(*there, causal=1)
     with pytest.raises(ValueError, match="tf32 is True and q has dtype float64"):
         na.attention(*calls[-1][0], tf32=True)
+    with pytest.raises(ValueError, match=r"^scale is nan"):
+        na.attention(*there, scale=float("nan"))
     for options in (
         {"mask": na.lengths([SK, 3])},
         {"bias": on(device, random(SQ, SK))},
@@ -953,9 +946,8 @@ def test_calls_that_are_not_alike(device):
         {"dropout_p": 0.5, "seed": 1},
         {"out": on(device, np.empty((B, HQ, SQ, D), np.float32))},
     ):
-        for _ in range(2):
-            na.attention(*there, **options)
-        assert prepared() == len(calls), f"{options} is not plain"
+        na.attention(*there, **options)
+        assert len(on_device._PLAIN) == len(calls), f"{options} is not plain"
 
 
 def test_what_is_kept_of_calls_is_bounded_and_given_back(device, monkeypatch):
@@ -963,16 +955,161 @@ def test_what_is_kept_of_calls_is_bounded_and_given_back(device, monkeypatch):
     gc.collect()
     there = on(device, qkv())
     dout = on(device, random(B, HQ, SQ, D))
-    before = sum(x is not None for x in device.hosts)
     monkeypatch.setattr(on_device, "_MOST_PLAIN", 3)
-    for n in range(8):
-        for _ in range(2):
+    left = []
+    for _ in range(2):  # the first loads kernels, which have memory of their own
+        for n in range(8):
             na.attention(*there, scale=1.0 + n)
             na.attention_vjp(*there, scale=1.0 + n)[1](dout)
-            assert len(on_device._PLAIN) <= 3
-    kept = [x for plain in on_device._PLAIN.values() if plain for x in plain.prepared.keep]
-    assert kept and all(x.settle for x in kept), "a kernel of any stream may be reading it when it goes"
-    del kept
+            assert len(on_device._PLAIN) == 3
+        on_device._PLAIN.clear()
+        gc.collect()
+        left.append(sum(x is not None for x in device.hosts))
+    assert left[0] == left[1]
+
+
+def test_what_goes_is_what_was_not_used_for_longest(device, monkeypatch):
+    on_device._PLAIN.clear()
+    monkeypatch.setattr(on_device, "_MOST_PLAIN", 3)
+    there = on(device, qkv())
+    for scale in (1.0, 2.0, 3.0, 1.0, 4.0, 5.0):
+        na.attention(*there, scale=scale)
+    kept = [{x for x in key if type(x) is float} for key in on_device._PLAIN]
+    assert [x & {1.0, 2.0, 3.0, 4.0, 5.0} for x in kept] == [{1.0}, {4.0}, {5.0}]
+
+
+class Order:
+    """What is known on the device of the order of streams: for each, the launches of which stream it comes after."""
+
+    def __init__(self, device, patch):
+        self.device, self.behind, self.freed, self.waits = device, {}, [], 0
+        free = device.free
+
+        def after(stream, mark):
+            mine = self.behind.setdefault(stream, {})
+            other, launches = mark.event
+            mine[other] = max(mine.get(other, 0), launches)
+
+        def freeing(memory):
+            if not memory.settle:
+                self.freed.append((memory.address, memory.stream, dict(self.behind.get(int(memory.stream), {}))))
+            free(memory)
+
+        def wait(stream, other):
+            after(stream, device.mark(other))
+
+        def waited(*_):
+            self.waits += 1
+
+        for name, do in (("after", after), ("free", freeing), ("wait", wait), ("synchronize", waited)):
+            patch.setattr(device, name, do)
+        patch.setattr(device, "passed", lambda mark: False)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["streams", "handles"])
+@pytest.mark.parametrize("sq", [SQ, 3], ids=["forward", "decode"])
+def test_streams_of_calls_like_one_before(device, monkeypatch, sq, bare):
+    """Each comes after the copies of the first; what they read is freed after the last launch of every one of them; and
+    the host never waits."""
     on_device._PLAIN.clear()
     gc.collect()
-    assert sum(x is not None for x in device.hosts) == before
+    q, k, v = qkv()
+    there = on(device, [q[:, :, :sq], k, v])
+    order = Order(device, monkeypatch)
+    stream = lambda n: n if bare else SimpleNamespace(cuda_stream=n)  # noqa: E731
+    na.attention(*there, stream=stream(5))
+    (plain,) = on_device._PLAIN.values()
+    numbers = {x.address for x in plain.prepared.keep}
+    assert numbers and {x.stream for x in plain.prepared.keep} == {device.own}
+    first = len(device.launches)
+    last = {}
+    for n in (7, 8, 0, 7, 5):
+        device.calls.clear()
+        na.attention(*there, stream=stream(n))
+        assert n == 5 or order.behind[n][5] >= first, "its numbers may not be there yet"
+        last[n] = len(device.launches)
+    order.freed.clear()
+    del plain
+    on_device._PLAIN.clear()
+    gc.collect()
+    freed = [(where, behind) for address, where, behind in order.freed if address in numbers]
+    assert len(freed) == len(numbers) and not order.waits
+    for where, behind in freed:
+        assert where == device.own and all(behind[n] >= last[n] for n in last), "a kernel may be reading it"
+
+
+def test_a_thread_s_own_stream_is_marked_at_once(device, monkeypatch):
+    """Its handle, 2, is another stream in another thread, where what was prepared may die."""
+    on_device._PLAIN.clear()
+    there = on(device, qkv())
+    order = Order(device, monkeypatch)
+    for stream in (arrays.PER_THREAD, SimpleNamespace(ptr=arrays.PER_THREAD)):
+        for _ in range(2):
+            na.attention(*there, stream=stream)
+            assert order.behind[device.own][arrays.PER_THREAD] == len(device.launches)
+    (plain,) = on_device._PLAIN.values()
+    assert not plain.prepared.used
+
+
+def test_numbers_are_there_once(device, monkeypatch):
+    """Whether they are is asked until they are, and no more."""
+    on_device._PLAIN.clear()
+    there = on(device, qkv())
+    asked = []
+    monkeypatch.setattr(device, "passed", lambda mark: asked.append(mark) or len(asked) == 2)
+    for _ in range(4):
+        na.attention(*there)
+    assert len(asked) == 2 and asked[0] is asked[1]
+
+
+def test_a_launch_that_fails_leaves_the_order_known(device, monkeypatch):
+    """Of two launches the second fails: the first may be reading."""
+    on_device._PLAIN.clear()
+    q, k, v = qkv()
+    there = on(device, [q[:, :, :3], k, v])
+    na.attention(*there)
+    launch = device.launch
+
+    def second(*arguments):
+        if len(device.launches) == 3:
+            raise RuntimeError("launching failed")
+        launch(*arguments)
+
+    monkeypatch.setattr(device, "launch", second)
+    with pytest.raises(RuntimeError, match=r"^launching failed"):
+        na.attention(*there)
+    (plain,) = on_device._PLAIN.values()
+    assert plain.prepared.used[0].event == (0, 3)
+
+
+def test_a_first_launch_that_fails_prepares_nothing(device, monkeypatch):
+    on_device._PLAIN.clear()
+    q, k, v = qkv()
+    there = on(device, [q[:, :, :3], k, v])
+    order = Order(device, monkeypatch)
+    launch = device.launch
+
+    def second(*arguments):
+        if device.launches:
+            raise RuntimeError("launching failed")
+        launch(*arguments)
+
+    monkeypatch.setattr(device, "launch", second)
+    with pytest.raises(RuntimeError, match=r"^launching failed"):
+        na.attention(*there, stream=6)
+    gc.collect()
+    assert not on_device._PLAIN and {stream for _, stream, _ in order.freed} == {6}
+
+
+def test_a_growing_cache_of_two_layers(device):
+    """The second layer of every token goes straight to the kernels."""
+    on_device._PLAIN.clear()
+    for length in range(1, 5):
+        for layer in range(2):
+            there = on(device, [random(1, HQ, 1, D), random(1, HKV, length, D), random(1, HKV, length, D)])
+            device.calls.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(device, "synchronize", None)
+                if layer:
+                    patch.setattr(device, "upload", None)
+                na.attention(*there)

@@ -65,6 +65,9 @@ class Names:
         return name
 
 
+OWN = 0xA0  # the handle of the device's own stream
+
+
 class FakeBindings:
     """Records the calls; `fails` has the error that a function gives. Contexts are a stack, as in the driver."""
 
@@ -77,6 +80,7 @@ class FakeBindings:
         self.CUmemPool_attribute = self.CUmemAllocationType = self.CUmemAllocationHandleType = Names()
         self.CUmemLocationType = self.CUstreamCaptureStatus = self.CUstreamCaptureMode = self.CUjit_option = Names()
         self.CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2)
+        self.CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
         self.cuuint64_t = int
         self.done = True  # of every event
         self.mode = self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
@@ -170,6 +174,10 @@ class FakeBindings:
 
     def _cuStreamIsCapturing(self, stream):
         return 0, self.capturing
+
+    def _cuStreamCreate(self, flags):
+        assert flags == 1, "a stream that waits for the legacy default one, and that one for it"
+        return 0, OWN
 
     def _cuEventCreate(self, flags):
         return 0, f"event {len(self.calls)}"
@@ -344,9 +352,9 @@ def test_fork():
         "sys.path.insert(0, os.path.join(sys.argv[1], 'cuda'))\n"
         "from test_cuda_driver import FakeBindings, driver\n"
         "cu = FakeBindings(); driver._bindings = lambda: cu\n"
-        "device = driver.current(); memory = device.empty(8, 0); calls = len(cu.calls)\n"
+        "device = driver.current(); memory, mark = device.empty(8, 0), device.mark(0); calls = len(cu.calls)\n"
         "if os.fork() == 0:\n"
-        "    del memory\n"
+        "    del memory, mark\n"
         "    said = []\n"
         "    for call in (driver.current, lambda: device.empty(8, 0), lambda: device.synchronize(0)):\n"
         "        try: call()\n"
@@ -459,10 +467,11 @@ def test_upload():
     x = np.arange(12.0).reshape(3, 4).T[::-1]
     memory = device.upload(x, 5)
     address, host, nbytes, stream = cu.one("cuMemcpyHtoDAsync")
-    ((event, kept),) = device._held
+    ((mark, kept),) = device._held
     assert (address, nbytes, stream) == (memory.address, 96, 5) and host == kept.ctypes.data
     assert np.array_equal(kept, x) and kept.flags.c_contiguous and not np.shares_memory(kept, x)
-    assert cu.one("cuEventRecord") == (event, 5)
+    assert cu.one("cuEventRecord") == (mark.event, 5)
+    del mark
     assert "cuStreamSynchronize" not in cu.names()
     device.upload(x, 5)
     assert len(device._held) == 2
@@ -562,6 +571,28 @@ def test_order_of_streams():
         assert not cu.names()
     device.wait(1, 2)
     assert cu.one("cuEventRecord")[1] == 2 and cu.one("cuStreamWaitEvent")[0] == 1
+
+
+def test_marks():
+    device, cu = fake_device()
+    mark = device.mark(5)
+    assert cu.one("cuEventRecord") == (mark.event, 5) and cu.one("cuEventCreate") == (2,)  # without times
+    assert device.passed(mark)
+    cu.done = False
+    assert not device.passed(mark)
+    cu.names()
+    device.record(mark, 6)
+    device.after(device.own, mark)
+    assert cu.one("cuEventRecord") == (mark.event, 6) and cu.one("cuStreamWaitEvent") == (OWN, mark.event, 0)
+    event = mark.event
+    cu.names()
+    del mark
+    assert cu.calls == [("cuEventDestroy", event)] and not cu.stack
+    cu.names()
+    cu.fails["cuStreamWaitEvent"] = 1
+    with pytest.raises(RuntimeError, match=r"^ordering two streams failed: CUDA_ERROR_INVALID_VALUE"):
+        device.wait(5, 6)
+    assert cu.names().count("cuEventDestroy") == 1 and not cu.stack
 
 
 def test_times():
@@ -792,6 +823,7 @@ int cuMemcpyDtoHAsync_v2(void *h, P d, size_t n, H s) { memcpy(h, HOST(d), n); S
 int cuMemsetD8Async(P d, unsigned char c, size_t n, H s) { memset(HOST(d), c, n); SAY("set %zu %p", n, s); return 0; }
 int cuStreamSynchronize(H s) { SAY("synchronize %p", s); return 0; }
 int cuStreamIsCapturing(H s, int *v) { *v = 0; return 0; }
+int cuStreamCreate(H *s, unsigned f) { SAY("stream flags %u", f); *s = (H)0xA0; return 0; }
 int cuEventCreate(H *e, unsigned f) { *e = (H)0xE0; SAY("event flags %u", f); return 0; }
 int cuEventRecord(H e, H s) { SAY("record %p on %p", e, s); return 0; }
 int cuStreamWaitEvent(H s, H e, unsigned f) { SAY("%p waits for %p, %u", s, e, f); return 0; }
@@ -866,6 +898,11 @@ say("same", np.array_equal(large, back))
 memory.settle = True
 del memory
 device.wait(5, 0)
+mark = device.mark(5)
+say("passed", device.passed(mark))
+device.record(mark, 7)
+device.after(device.own, mark)
+del mark
 say(device.ordinal(123))
 try:
     device.empty(1 << 41, 0)
@@ -909,6 +946,7 @@ def test_through_the_real_bindings(tmp_path):
     done = run_python(THROUGH_BINDINGS, INCREMENT, env={"LD_LIBRARY_PATH": path})
     memory, kernels = done.stdout.split("kernels\n")
     assert memory.split("\n")[:-1] == [
+        "stream flags 1",
         "pool type 1 handles 0 location 1 0 rest 0",
         f"pool 0x90 attribute 4 = {1 << 30}",
         f"<CUDA device 0: Stand-in> (9, 0) 232448 132 {80 << 30}",
@@ -945,6 +983,12 @@ def test_through_the_real_bindings(tmp_path):
         "event flags 2",
         "record 0xe0 on (nil)",
         "0x5 waits for 0xe0, 0",
+        "destroy 0xe0",
+        "event flags 2",
+        "record 0xe0 on 0x5",
+        "passed True",
+        "record 0xe0 on 0x7",
+        "0xa0 waits for 0xe0, 0",
         "destroy 0xe0",
         "pointer 123 attribute 9?",
         "0",

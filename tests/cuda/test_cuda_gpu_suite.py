@@ -16,6 +16,7 @@ CHOSEN = [
     "test_case[plain-3x203]",
     "test_case[head-40-float16]",
     "test_case[plain-1x1-as-bfloat16]",
+    "test_calls_like_one_before_on_many_streams",
     "test_the_benchmark_prints_a_block",
     "test_the_kernels_are_those_that_were_verified",
 ]

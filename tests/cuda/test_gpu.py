@@ -4,8 +4,10 @@ arrays, streams. The first run compiles some hundred kernels, which takes longer
 """
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from child import run_python
 from defaults import cuda_by_default
 
 import numba_attn as na
-from numba_attn.cuda import arrays, bench, driver, launch
+from numba_attn.cuda import arrays, bench, driver, launch, on_device
 
 if (why := driver.missing()) is not None:
     pytest.skip(f"no GPU: {why}", allow_module_level=True)
@@ -193,6 +195,60 @@ def test_device_arrays(library: str, cuda: Any) -> None:
     for name in ("dbias", "dsinks", "dalibi_slopes"):
         np.testing.assert_allclose(back(getattr(grads, name)), getattr(wanted, name), rtol=2e-3, err_msg=name)
     np.testing.assert_allclose(back(grads.daux[0]), wanted.daux[0], rtol=2e-3)
+
+
+def test_calls_like_one_before_on_many_streams(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many threads, a stream each, some of which are gone as soon as they are done; what one prepares serves the
+    others, and goes while their kernels run."""
+    monkeypatch.setattr(on_device, "_MOST_PLAIN", 2)
+    monkeypatch.setattr(on_device, "_PLAIN", {})
+    real = type(cuda) is driver.Device
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, h, n, 64)).astype(np.float32) for h, n in ((4, 3), (2, 700), (2, 700)))
+    dout = rng.standard_normal(q.shape).astype(np.float32)
+    scales = [0.1, 0.2, 0.3]
+    wanted = {}
+    for scale in scales:
+        out, pullback = na.attention_vjp(q, k, v, scale=scale)
+        wanted[scale] = (out, *pullback(dout)[:3])
+    there = [arrays.DeviceArray(x.shape, x.dtype, cuda.upload(x, 0)) for x in (q, k, v, dout)]
+    cuda.synchronize(0)
+    failed: list[Any] = []
+
+    def calls(number: int, handle: int) -> None:
+        stream = handle if number % 2 else SimpleNamespace(cuda_stream=handle)
+        found = []
+        for n in range(60 if real else 1):
+            scale = scales[(n + number) % len(scales)]
+            out, pullback = na.attention_vjp(*there[:3], scale=scale, stream=stream)
+            found.append((scale, out, *pullback(there[3], stream=stream)[:3]))
+        cuda.synchronize(handle)
+        for scale, *results in found:
+            for got, want in zip(results, wanted[scale], strict=True):
+                np.testing.assert_array_equal(got.copy_to_host(), want)
+
+    def work(number: int) -> None:
+        try:
+            if not real:
+                return calls(number, 5 + number)
+            from cuda.bindings import driver as cu
+
+            with cuda.active():
+                error, handle = cu.cuStreamCreate(1)
+                assert error == 0
+                calls(number, int(handle))
+                if number % 2:  # else it belongs to an object that lives
+                    assert cu.cuStreamDestroy(handle)[0] == 0
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8 if real else 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 LISTEN = """
