@@ -2,8 +2,9 @@
 the caller's kind.
 
 No array library is imported. An input is read through DLPack, which tells dtype, device and order of work; where an
-object has none, as Numba's arrays, through __cuda_array_interface__. A result is memory of ours that the caller's
-library wraps through the same protocols, with the library found in sys.modules, since the caller has imported it.
+object has none, as Numba's arrays, through __cuda_array_interface__. (A tensor of torch of which nothing is special is
+asked itself, in a small part of the time that its capsule takes.) A result is memory of ours that the caller's library
+wraps through the same protocols, with the library found in sys.modules, since the caller has imported it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def is_device_array(x: Any) -> bool:
     kind = type(x)
     if kind is np.ndarray:
         return False
+    if _is_tensor(x):
+        return bool(x.is_cuda)
     where = getattr(kind, "__dlpack_device__", None)
     if where is not None:
         try:
@@ -69,6 +72,11 @@ def kind_of(x: Any) -> str:
         if kind:
             return kind
     return ""
+
+
+def _is_tensor(x: Any) -> bool:
+    """Whether x is of torch's own class of tensors, and no class derived from it."""
+    return type(x) is getattr(sys.modules.get("torch"), "Tensor", None)
 
 
 def _full_name(x: Any) -> str:
@@ -231,8 +239,9 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------- inputs
 
 
-def describe(x: Any, name: str, stream: int) -> Input:
+def describe(x: Any, name: str, stream: int, current: int | None = None) -> Input:
     """A device array as a record. Work on `stream` that comes after this call sees what the array's owner has written.
+    current: torch's current stream, if it is known.
 
     Raises
     ------
@@ -243,6 +252,10 @@ def describe(x: Any, name: str, stream: int) -> Input:
         device = x.memory.device
         device.wait(int(stream) or 1, x.memory.stream)
         return Input(x.address, x.shape, x.strides, x.dtype, x.read_only, "", device.index, stream, x)
+    if _is_tensor(x) and x.is_cuda:
+        found = _from_tensor(x, stream, current)
+        if found is not None:
+            return found
     where = getattr(type(x), "__dlpack_device__", None)
     if where is not None:
         try:
@@ -268,6 +281,32 @@ def _host_advice(x: Any, name: str) -> str:
     if kind or hasattr(type(x), "__array__") or hasattr(type(x), "__dlpack__"):
         return f"{name} is {what} in host memory; it takes a NumPy array, {host}, or one on a GPU, {move}"
     return f"{name} is {what}; it takes an array on a GPU"
+
+
+_TENSOR_DTYPES: dict[Any, np.dtype[Any]] = {}
+
+
+def _from_tensor(x: Any, stream: int, current: int | None) -> Input | None:
+    """What a tensor of torch says of itself, which is what its capsule would say; None where it has more to say: it
+    requires grad, is lazily conjugate or negative, has another layout or no memory (inside vmap)."""
+    torch = sys.modules["torch"]
+    if not _TENSOR_DTYPES:
+        _TENSOR_DTYPES.update((getattr(torch, d.name), d) for d in _DTYPES.values() if hasattr(torch, d.name))
+        _TENSOR_DTYPES[torch.bfloat16] = bfloat16()
+    dtype = _TENSOR_DTYPES.get(x.dtype)
+    try:
+        if dtype is None or x.requires_grad or x.is_conj() or x.is_neg() or x.layout is not torch.strided:
+            return None
+        address, shape, strides = x.data_ptr(), tuple(x.shape), tuple(n * dtype.itemsize for n in x.stride())
+    except RuntimeError:
+        return None
+    device = x.device.index
+    if current is None:
+        current = resolve_stream(None, "torch", device)
+    if current != stream:
+        driver.current(device).wait(stream, current)
+        x = x.detach()  # the caller may give his another memory meanwhile
+    return Input(address, shape, strides, dtype, False, "torch", device, stream, x)
 
 
 def _from_dlpack(x: Any, name: str, stream: int) -> Input:
@@ -378,7 +417,9 @@ def describe_all(given: Mapping[str, Any], stream: Any = None) -> dict[str, Inpu
     first = arrays[here[0]]
     index = _ordinal_of(first)
     with driver.current(index).active():  # torch exports only what is on its current device
-        handle = resolve_stream(stream, kind_of(first), index)
+        kind = kind_of(first)
+        handle = resolve_stream(stream, kind, index)
+        current = handle if stream is None and kind == "torch" else None
         found = {}
         for name, x in arrays.items():
             if name != here[0] and _ordinal_of(x) != index:
@@ -386,11 +427,13 @@ def describe_all(given: Mapping[str, Any], stream: Any = None) -> dict[str, Inpu
                     f"{here[0]} is on CUDA device {index} and {name} on {_ordinal_of(x)}; all arrays of a call take "
                     f"one device"
                 )
-            found[name] = describe(x, name, handle)
+            found[name] = describe(x, name, handle, current)
     return found
 
 
 def _ordinal_of(x: Any) -> int:
+    if _is_tensor(x):
+        return int(x.device.index)
     where = getattr(type(x), "__dlpack_device__", None)
     if where is not None:
         return int(where(x)[1])
@@ -405,16 +448,25 @@ def _and(names: list[str]) -> str:
 
 def hold(inputs: Mapping[str, Input]) -> None:
     """To be called after the last launch that reads them: keeps alive what its owner might use for something else
-    while the kernel still runs. torch and CuPy reuse memory in the order of the stream, so nothing is held for them on
-    their current stream; JAX and the rest know nothing of ours."""
-    rest = [x for x in inputs.values() if not (x.kind in ("torch", "cupy") and x.stream == _now(x))]
+    while the kernel still runs. torch and CuPy reuse memory in the order of their current stream, and ours is freed in
+    the order of its own, so nothing is held where that is the call's; JAX and the rest know nothing of ours."""
+    if not inputs:
+        return
+    first = next(iter(inputs.values()))
+    device, stream = driver.current(first.device), first.stream
+    ordered = set()
+    for kind in {x.kind for x in inputs.values()} & {"torch", "cupy"}:
+        with device.active():
+            if resolve_stream(None, kind, first.device) == stream:
+                ordered.add(kind)
+    rest = [x.keep for x in inputs.values() if x.kind not in ordered and not _is_freed_after(x.keep, stream)]
     if rest:
-        driver.current(rest[0].device).hold([x.keep for x in rest], rest[0].stream)
+        device.hold(rest, stream)
 
 
-def _now(x: Input) -> int:
-    with driver.current(x.device).active():
-        return resolve_stream(None, x.kind, x.device)
+def _is_freed_after(x: Any, stream: int) -> bool:
+    """Whether x is an array of ours whose memory goes when what is on the stream is done."""
+    return type(x) is DeviceArray and (x.memory.settle or x.memory.stream == stream)
 
 
 # ---------------------------------------------------------------- results

@@ -343,6 +343,37 @@ def test_capsules_of_torch(dtype, keywords):
         assert ours == [s * x.element_size() for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool", "int64", "uint8", "complex64"])
+def test_a_tensor_says_what_its_capsule_says(dtype):
+    base = torch.zeros(3, 4, 5, dtype=getattr(torch, dtype))
+    views = base, base.transpose(0, 2)[1:, ::2], base[:, :1].expand(3, 9, 5), base[:0], base[0, 0, 0], base[1:2]
+    for x in views:
+        found, told = arrays._from_tensor(x, 7, 7), read(x, max_version=(1, 0))
+        assert (found.address, found.shape, found.dtype) == (told.address, told.shape, told.dtype)
+        assert (found.read_only, found.kind, found.stream) == (told.read_only, "torch", 7) and found.keep is x
+        ours, its = ([s for n, s in zip(y.shape, y.strides, strict=True) if n > 1] for y in (found, told))
+        assert ours == its or not x.numel()
+
+
+@needs_torch
+def test_a_tensor_with_more_to_say():
+    """Its capsule is asked for, which torch refuses, or makes a copy of."""
+    x = torch.ones(3, dtype=torch.complex64)
+    special = [
+        torch.ones(3, requires_grad=True), x.conj(), x.conj().imag, torch.ones(3, 3).to_sparse(),
+        torch.zeros(3, dtype=torch.float8_e5m2),
+    ]  # fmt: skip
+    assert special[2].is_neg()
+    for y in special:
+        assert arrays._from_tensor(y, 0, 0) is None
+    seen = []
+    torch.func.vmap(lambda y: seen.append(arrays._from_tensor(y, 0, 0)) or y)(torch.ones(2, 3))
+    torch.func.grad(lambda y: seen.append(arrays._from_tensor(y, 0, 0)) or y.sum())(torch.ones(3))
+    assert seen == [None, None]
+    assert not arrays._is_tensor(torch.nn.Parameter(torch.ones(2))) and not arrays._is_tensor(X)
+
+
 @needs_jax
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "bool", "int32"])
 def test_capsules_of_jax(dtype):
@@ -473,6 +504,12 @@ def test_hold(device, monkeypatch):
     arrays.hold(arrays.describe_all({"q": mine, "k": of_library("jaxlib", DlpackArray)(device, X)}, stream=7))
     assert device.calls == [("hold", 8), ("hold", 7)]
     arrays.hold({})
+    ours = arrays.empty((3,), np.dtype("f4"), device, 5)
+    for stream, settle, held in ((5, False, []), (6, False, [("hold", 6)]), (6, True, [])):
+        device.calls.clear()
+        ours.memory.settle = settle  # freed when the whole device is done; else stream 5
+        arrays.hold(arrays.describe_all({"q": ours}, stream=stream))
+        assert [call for call in device.calls if call[0] == "hold"] == held
 
 
 # ---------------------------------------------------------------- streams

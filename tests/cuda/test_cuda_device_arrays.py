@@ -3,6 +3,7 @@ device array on the host crashes here, as on a GPU."""
 
 # ruff: noqa: E501  # a row of a table is one line
 
+import copy
 import gc
 import subprocess
 import sys
@@ -116,8 +117,9 @@ def all_close(got, want, dtype=np.float32):
 # ---------------------------------------------------------------- kinds
 
 
-def library(monkeypatch, kind, current=7):
-    """A fake of a library, and the class of its arrays: a DLPack array, or of Numba an array with the interface."""
+def library(monkeypatch, kind, current=7, plain=False):
+    """A fake of a library, and the class of its arrays: a DLPack array, or of Numba an array with the interface.
+    plain: torch's own class, which says what a capsule would."""
     base = InterfaceArray if kind == "numba" else DlpackArray
     module = {"cupy": "cupy._core.core", "jax": "jaxlib._jax", "numba": "numba.cuda.cudadrv.devicearray"}.get(
         kind, kind
@@ -139,6 +141,17 @@ def library(monkeypatch, kind, current=7):
         current_stream=lambda device: SimpleNamespace(cuda_stream=current),
         get_current_stream=lambda: SimpleNamespace(ptr=current),
     )
+    if plain:
+        found.Tensor, found.strided = array, object()
+        for dtype in ("float64", "float32", "float16"):
+            setattr(found, dtype, np.dtype(dtype))
+        found.bfloat16 = BFLOAT16
+        monkeypatch.setattr(arrays, "_TENSOR_DTYPES", {})
+        array.is_cuda, array.device, array.layout = True, SimpleNamespace(index=0), found.strided
+        array.requires_grad, array.is_conj, array.is_neg = False, lambda x: False, lambda x: False
+        array.data_ptr = lambda x: x.address
+        array.stride = lambda x: tuple(n // x.dtype.itemsize for n in x.strides)
+        array.detach = lambda x: setattr(x, "detached", copy.copy(x)) or x.detached
     if kind == "numba":  # the rest of it compiles kernels, maybe in this very call
         monkeypatch.setattr(sys.modules[name], "from_cuda_array_interface", found.from_cuda_array_interface)
         return array
@@ -148,10 +161,13 @@ def library(monkeypatch, kind, current=7):
     return array
 
 
-@pytest.mark.parametrize("kind", ["torch", "cupy", "jax", "numba", ""])
+@pytest.mark.parametrize("kind", ["torch", "a tensor", "cupy", "jax", "numba", ""])
 def test_results_are_of_the_callers_kind(device, monkeypatch, kind):
     on_device._PLAIN.clear()
-    make = library(monkeypatch, kind) if kind else InterfaceArray
+    plain, kind = kind == "a tensor", kind.replace("a tensor", "torch")
+    make = library(monkeypatch, kind, plain=plain) if kind else InterfaceArray
+    if plain:
+        monkeypatch.setattr(make, "__dlpack__", None)
     stream = 7 if kind in ("torch", "cupy") else 0
     q, k, v = qkv()
     dout = random(*q.shape, seed=9)
@@ -164,6 +180,26 @@ def test_results_are_of_the_callers_kind(device, monkeypatch, kind):
     close(out, want)
     close(lse, want_lse)
     all_close(found, expected(dout))
+
+
+def test_tensors_on_another_stream(device, monkeypatch):
+    """It waits for torch's, and what is there stays there while kernels read it."""
+    on_device._PLAIN.clear()
+    make = library(monkeypatch, "torch", plain=True)
+    want = host(na.attention(*on(device, qkv())))
+    there = on(device, qkv(), make)
+    for _ in range(2):
+        device.calls.clear()
+        out = na.attention(*there, stream=9)
+        np.testing.assert_array_equal(out.numpy(), want)
+        assert device.calls.count(("wait", 9, 7)) == 3 and ("hold", 9) in device.calls
+    held = []
+    monkeypatch.setattr(device, "hold", lambda things, stream: held.extend(things))
+    na.attention(*there, stream=9)
+    assert held == [x.detached for x in there]
+    held.clear()
+    na.attention(*there)
+    assert not held
 
 
 def test_mixed_libraries(device, monkeypatch):
