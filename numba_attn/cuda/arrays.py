@@ -465,8 +465,8 @@ def hold(inputs: Mapping[str, Input]) -> None:
 
 
 def _is_freed_after(x: Any, stream: int) -> bool:
-    """Whether x is an array of ours whose memory goes when what is on the stream is done."""
-    return type(x) is DeviceArray and (x.memory.settle or x.memory.stream == stream)
+    """Whether x is an array of ours whose memory goes when what is on the stream is done, whichever thread drops it."""
+    return type(x) is DeviceArray and (x.memory.settle or (x.memory.stream == stream and lasts(stream)))
 
 
 # ---------------------------------------------------------------- results

@@ -504,10 +504,14 @@ def test_hold(device, monkeypatch):
     arrays.hold(arrays.describe_all({"q": mine, "k": of_library("jaxlib", DlpackArray)(device, X)}, stream=7))
     assert device.calls == [("hold", 8), ("hold", 7)]
     arrays.hold({})
-    ours = arrays.empty((3,), np.dtype("f4"), device, 5)
-    for stream, settle, held in ((5, False, []), (6, False, [("hold", 6)]), (6, True, [])):
+    five, own = (arrays.resolve_stream(SimpleNamespace(ptr=n)) for n in (5, arrays.PER_THREAD))
+    ours = arrays.empty((3,), np.dtype("f4"), device, 0)
+    for freed_on, settle, stream, held in (
+        (five, False, five, []), (five, False, 6, [("hold", 6)]), (five, True, 6, []), (0, False, 0, []),
+        (own, False, own, [("hold", 2)]),  # in another thread, after that one's work
+    ):  # fmt: skip
         device.calls.clear()
-        ours.memory.settle = settle  # freed when the whole device is done; else stream 5
+        ours.memory.stream, ours.memory.settle = freed_on, settle  # or when the whole device is done
         arrays.hold(arrays.describe_all({"q": ours}, stream=stream))
         assert [call for call in device.calls if call[0] == "hold"] == held
 
