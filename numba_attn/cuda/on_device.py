@@ -252,13 +252,17 @@ def _is_empty(aux_grad: Any) -> bool:
 
 
 def _copies(out: Array, lse: Any, return_lse: bool, device: Any, stream: int) -> tuple[DeviceArray, DeviceArray]:
-    """out, which the caller has, and lse, which he may have, once more."""
+    """out, which the caller has, and lse, which he may have, once more. They live as long as the pullback, and a stream
+    of which there is but a handle may be gone by then."""
     from .convert import converted
 
-    return (
+    kept = (
         converted(out, out.dtype, device, stream),
         converted(shadow(lse), lse.dtype, device, stream) if return_lse else lse,
     )
+    for x in kept:
+        x.memory.settle = not arrays.lasts(stream)
+    return kept
 
 
 def _forward(

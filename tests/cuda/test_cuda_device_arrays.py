@@ -917,6 +917,30 @@ def test_gradients_like_those_before(device, layout, with_lse, kind):
         assert grads[3:] == (None,) * 4
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_pullback_may_outlive_its_stream(device, monkeypatch, with_lse):
+    """Of which there was but a handle: what it keeps is not freed in the order of what may be gone."""
+    on_device._PLAIN.clear()
+    freed = []
+    free = device.free
+    monkeypatch.setattr(
+        device, "free", lambda memory: freed.append((int(memory.stream), memory.settle)) or free(memory)
+    )
+    monkeypatch.setattr(device, "hold", lambda things, stream: None)
+    there = on(device, qkv())
+    dout = on(device, random(B, HQ, SQ, D))
+    for stream, settle in ((5, True), (SimpleNamespace(ptr=6), False), (0, False)):
+        for _ in range(2):
+            _, pullback = na.attention_vjp(*there, return_lse=with_lse, stream=stream)
+            pullback(dout, stream=9)
+            gc.collect()
+            freed.clear()
+            del pullback, _
+            gc.collect()
+            results = 0 if stream != 0 and not settle else 2 if with_lse else 1  # with 0 as the rest, else settled
+            assert freed.count((arrays.resolve_stream(stream), settle)) == results + 2
+
+
 def test_gradients_that_are_not_alike(device):
     """One more array, the same ones elsewhere, and a dlse that is converted first."""
     on_device._PLAIN.clear()
