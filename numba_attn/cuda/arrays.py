@@ -611,7 +611,7 @@ def hand_over(array: DeviceArray, kind: str) -> Any:
         taken = library.from_dlpack(array)
         # What the library does with it, and the end of it, is in the order of this stream, which waits for ours.
         memory.stream = resolve_stream(None, kind, memory.device.index)
-        memory.settle = int(memory.stream) == PER_THREAD
+        memory.settle = not lasts(memory.stream)
     return taken
 
 

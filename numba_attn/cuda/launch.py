@@ -382,7 +382,7 @@ class Prepared:
 
     The call's numbers on the device become the device's own stream's, on which they are freed some day: it is told of
     all launches that read them, by marks of their streams, when this object dies; for a stream that may be gone then,
-    at once. So the host never waits.
+    at once. So the host does not wait, but on devices that free nothing in the order of a stream.
     """
 
     ARRAYS = ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")

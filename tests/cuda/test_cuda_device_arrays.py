@@ -1042,7 +1042,7 @@ class Order:
     """What is known on the device of the order of streams: for each, the launches of which stream it comes after."""
 
     def __init__(self, device, patch):
-        self.device, self.behind, self.freed, self.waits = device, {}, [], 0
+        self.behind, self.freed, self.waits = {}, [], 0
         free = device.free
 
         def after(stream, mark):
@@ -1084,7 +1084,6 @@ def test_streams_of_calls_like_one_before(device, monkeypatch, sq, bare):
     first = len(device.launches)
     last = {}
     for n in (7, 8, 0, 7, 5):
-        device.calls.clear()
         na.attention(*there, stream=stream(n))
         assert n == 5 or order.behind[n][5] >= first, "its numbers may not be there yet"
         last[n] = len(device.launches)
@@ -1122,20 +1121,25 @@ def test_numbers_are_there_once(device, monkeypatch):
     assert len(asked) == 2 and asked[0] is asked[1]
 
 
+def fail_after(device, monkeypatch, n):
+    """Once there were so many launches on the device, the next one raises."""
+    launch = device.launch
+
+    def some(*arguments):
+        if len(device.launches) == n:
+            raise RuntimeError("launching failed")
+        launch(*arguments)
+
+    monkeypatch.setattr(device, "launch", some)
+
+
 def test_a_launch_that_fails_leaves_the_order_known(device, monkeypatch):
     """Of two launches the second fails: the first may be reading."""
     on_device._PLAIN.clear()
     q, k, v = qkv()
     there = on(device, [q[:, :, :3], k, v])
     na.attention(*there)
-    launch = device.launch
-
-    def second(*arguments):
-        if len(device.launches) == 3:
-            raise RuntimeError("launching failed")
-        launch(*arguments)
-
-    monkeypatch.setattr(device, "launch", second)
+    fail_after(device, monkeypatch, 3)
     with pytest.raises(RuntimeError, match=r"^launching failed"):
         na.attention(*there)
     (plain,) = on_device._PLAIN.values()
@@ -1147,14 +1151,7 @@ def test_a_first_launch_that_fails_prepares_nothing(device, monkeypatch):
     q, k, v = qkv()
     there = on(device, [q[:, :, :3], k, v])
     order = Order(device, monkeypatch)
-    launch = device.launch
-
-    def second(*arguments):
-        if device.launches:
-            raise RuntimeError("launching failed")
-        launch(*arguments)
-
-    monkeypatch.setattr(device, "launch", second)
+    fail_after(device, monkeypatch, 1)
     with pytest.raises(RuntimeError, match=r"^launching failed"):
         na.attention(*there, stream=6)
     gc.collect()
@@ -1167,7 +1164,6 @@ def test_a_growing_cache_of_two_layers(device):
     for length in range(1, 5):
         for layer in range(2):
             there = on(device, [random(1, HQ, 1, D), random(1, HKV, length, D), random(1, HKV, length, D)])
-            device.calls.clear()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(device, "synchronize", None)
                 if layer:
