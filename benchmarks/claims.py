@@ -79,7 +79,7 @@ def threads() -> None:
 def overhead() -> None:
     """A 16 x 16 call of 8 heads, split into Python, dispatch and kernel."""
     from numba_attn import api
-    from numba_attn.cpu import launch
+    from numba_attn.cpu.launch import forward as launch
 
     q, k, v = arrays(8, 16, 64)
     api._PLAIN.clear()

@@ -18,7 +18,7 @@ from .gradients import (
     check_tangent,
     sink_gradient,
 )
-from .mask import Shape, over_pairs
+from .mask.shape import Shape, over_pairs
 
 # Launches of plain calls (no mask, bias or function), by everything that decides them: a repeated shape costs a
 # dictionary look-up.
@@ -193,7 +193,7 @@ def attention(
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     options = _options(locals())
     if _on_gpu(q, k, v, backend):
-        from .cuda import on_device
+        from .cuda.host import on_device
 
         _check_tf32(tf32, "cuda")
         result, lse = on_device.attention(q, k, v, options, out, bool(return_lse), stream, tf32)
@@ -209,7 +209,7 @@ def attention(
     lse = np.empty(plan.lse_shape(problem), problem.acc) if return_lse else None
     lse_view = None if lse is None else plan.bhsd_view(lse, layout)
     if backend == "cuda":
-        from .cuda import attention as on_cuda
+        from .cuda.host.from_numpy import attention as on_cuda
 
         on_cuda(problem, view, lse_view, stream, tf32)
     elif _jit_is_off():
@@ -295,7 +295,7 @@ def attention_vjp(
     if not isinstance(return_lse, (bool, np.bool_)):
         raise TypeError(f"return_lse is {return_lse!r}; it takes a bool")
     if _on_gpu(q, k, v, backend):
-        from .cuda import on_device
+        from .cuda.host import on_device
 
         _check_tf32(tf32, "cuda")
         result, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, out, bool(return_lse), stream, tf32)
@@ -373,7 +373,7 @@ def attention_backward(
     options = _options(locals())
     _check_backend(backend)
     if _on_gpu(q, k, v, backend):
-        from .cuda import on_device
+        from .cuda.host import on_device
 
         _check_tf32(tf32, "cuda")
         return on_device.attention_backward(dout, q, k, v, out, lse, dlse, options, aux_grad, stream, tf32)
@@ -481,7 +481,7 @@ def attention_jvp(
             dict(bias_dot=bias_dot, sinks_dot=sinks_dot, alibi_slopes_dot=slopes_dot, aux_dot=aux_dot),
         )  # fmt: skip
     else:
-        from .cpu.launch_jvp import jvp
+        from .cpu.launch.jvp import jvp
 
         if bias_dot is not None:
             missing = 4 - len(layout)
@@ -522,7 +522,7 @@ class Pullback:
         """
         problem, inputs, options, (out, lse) = self._problem, self._inputs, self._options, self._results
         if problem is None:
-            from .cuda import on_device
+            from .cuda.host import on_device
 
             return on_device.attention_backward(
                 dout, *inputs, out, lse, dlse, options, self._aux_grad, stream, self._tf32
@@ -559,11 +559,11 @@ def _backward(
         dlse = dlse.astype(problem.acc)
     arguments = problem, out, lse, dout, dlse, dq_view, dk_view, dv_view, bias_shape, slopes_shape, asked
     if backend == "cuda":
-        from .cuda import attention_backward as on_cuda
+        from .cuda.host.from_numpy import attention_backward as on_cuda
 
         dbias, dslopes, daux, dsinks = on_cuda(*arguments, stream, tf32)
     else:
-        from .cpu.launch_backward import backward
+        from .cpu.launch.backward import backward
 
         dbias, dslopes, daux, deltas = backward(*arguments)
         dsinks = None if sinks is None else sink_gradient(problem, lse, deltas)
@@ -617,7 +617,7 @@ def _on_gpu(q: Any, k: Any, v: Any, backend: str) -> bool:
             hasattr(kind, "__dlpack_device__") or hasattr(kind, "__cuda_array_interface__")
         ):
             continue
-        from .cuda.arrays import is_device_array
+        from .cuda.host.arrays import is_device_array
 
         if is_device_array(x):
             if backend == "cpu":
@@ -645,7 +645,7 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _prepare(problem: plan.Problem, want_lse: bool) -> Any:
     global _prepare, _run
-    from .cpu.launch import prepare, run
+    from .cpu.launch.forward import prepare, run
 
     _prepare, _run = prepare, run
     return prepare(problem, want_lse)

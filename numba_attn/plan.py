@@ -15,24 +15,11 @@ from typing import Any
 import numpy as np
 
 from .arrays import Array, accumulation, integer, plain, real
-from .mask import (
-    OPEN,
-    Causal,
-    Mask,
-    Pairs,
-    Part,
-    Shape,
-    ambiguous,
-    aux_arrays,
-    bool_pairs,
-    check_align,
-    check_window,
-    lower,
-    over_pairs,
-    unused_align,
-    whole_rows,
-)
-from .score import ScoreMod, check_function
+from .mask.constructors import Mask, check_window
+from .mask.lowering import ambiguous, lower, unused_align, whole_rows
+from .mask.parts import Causal, Pairs, Part
+from .mask.shape import OPEN, Shape, bool_pairs, check_align, over_pairs
+from .userfn.accepted import ScoreMod, aux_arrays, check_function
 
 __all__ = ["OPEN", "Problem", "check_out", "in_layout", "lse_shape", "output_shape", "resolve"]
 

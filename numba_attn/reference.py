@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from .arrays import Array
-from .dual import Differentiated, differentiated, differentiated_by_hand
 from .gradients import Gradients, check_aux_grad, check_aux_tangents, check_cotangents, check_tangent
-from .mask import Align, Part, Shape, check_align, dense, over_pairs, positions, widened
+from .mask.parts import Part, dense, positions
+from .mask.shape import Align, Shape, check_align, over_pairs
 from .plan import Problem, bhsd_view, in_layout, keyword_parts, resolve
-from .score import ScoreMod, plain_function
+from .userfn.accepted import ScoreMod, plain_function, widened
+from .userfn.derivative import Differentiated, differentiated, differentiated_by_hand
 
 INF = np.inf
 
@@ -157,7 +158,7 @@ def attention_backward(
         Positions in aux of the arrays whose gradient is wanted.
     **options
         `attention`'s keywords, all but return_lse. The derivative of score_mod is its own grad, or is found by dual
-        numbers (`numba_attn.dual`).
+        numbers (`numba_attn.userfn.derivative`).
 
     Returns
     -------

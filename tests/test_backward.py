@@ -822,7 +822,7 @@ def guarded_sweep(edge: str, form_name: str, first_one: int) -> None:
     from test_memory import guard_cases, shut_in
 
     from numba_attn import api
-    from numba_attn.cpu import launch_backward
+    from numba_attn.cpu.launch import backward as launch_backward
 
     form = {"packed": guarded, "rows": guarded_rows}[form_name]
 

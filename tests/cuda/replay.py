@@ -19,7 +19,8 @@ import emulator
 import numpy as np
 
 import numba_attn as na
-from numba_attn.cuda import arrays, backward, convert, driver, forward, launch, tiling
+from numba_attn.cuda import backward, forward, tiling
+from numba_attn.cuda.host import arrays, convert, driver, launch
 
 MEMORY = {
     "forward": forward.memory, "decode": forward.memory,

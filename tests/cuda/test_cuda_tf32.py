@@ -12,7 +12,7 @@ import test_backward
 from cases import BY_NAME, build
 
 import numba_attn as na
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 

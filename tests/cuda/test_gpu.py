@@ -23,7 +23,8 @@ from child import run_python
 from defaults import cuda_by_default
 
 import numba_attn as na
-from numba_attn.cuda import arrays, bench, driver, launch, on_device
+from numba_attn.app import bench_cuda as bench
+from numba_attn.cuda.host import arrays, driver, launch, on_device
 
 if (why := driver.missing()) is not None:
     pytest.skip(f"no GPU: {why}", allow_module_level=True)
@@ -255,7 +256,7 @@ LISTEN = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import emulator, numpy as np, numba_attn as na
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 class Listens(emulator.EmulatedDevice):
     def load(self, ptx, name=None):

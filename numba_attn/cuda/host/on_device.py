@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import plan
-from ..arrays import Array, exact
-from ..gradients import Gradients, check_aux_grad, check_cotangents, check_results
-from ..mask import Mask, Pairs
+from ... import plan
+from ...arrays import Array, exact
+from ...gradients import Gradients, check_aux_grad, check_cotangents, check_results
+from ...mask import Mask
+from ...mask.parts import Pairs
 from . import arrays, driver
 from .arrays import DeviceArray, Input, shadow
 
@@ -207,7 +208,7 @@ def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
 
 def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
     """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
-    from .tile import VECTOR  # when it is known that there is a device
+    from ..tile import VECTOR  # when it is known that there is a device
 
     device = driver.current(found["q"].device)
     own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))

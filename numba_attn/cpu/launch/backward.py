@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba.core import types
 
-from . import threads
-from .backward import RANGES, build, build_delta, key_block, layout, range_keys
-from .call import CALL, tile_rows
-from .compile import compile_cfunc
-from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, rows_in_place, run_drain, set_array, tile_width
-from .modifiers import tile_function
+from .. import threads
+from ..backward import RANGES, build, build_delta, key_block, layout, range_keys
+from ..call import CALL, tile_rows
+from ..compile import compile_cfunc
+from ..modifiers import tile_function
+from .record import SERIAL_FLOPS, count_tiles, describe, elem_of, rows_in_place, run_drain, set_array, tile_width
 
 if TYPE_CHECKING:
-    from ..plan import Problem
+    from ...plan import Problem
 
 # Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
 # for each head, and the largest one in all: then a single thread takes all heads.

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba.core import types
 
-from ..online import LN2
-from . import threads
-from .call import STORAGE
-from .compile import compile_cfunc
-from .jvp import build, key_block, layout
-from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, run_drain, set_array, tile_width
-from .modifiers import aux_table, tile_function
+from ...online import LN2
+from .. import threads
+from ..call import STORAGE
+from ..compile import compile_cfunc
+from ..jvp import build, key_block, layout
+from ..modifiers import tile_function
+from ..target import aux_table
+from .record import SERIAL_FLOPS, count_tiles, describe, elem_of, run_drain, set_array, tile_width
 
 if TYPE_CHECKING:
-    from ..plan import Problem
+    from ...plan import Problem
 
 TILES = 4  # a work item
 
