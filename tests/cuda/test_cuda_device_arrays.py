@@ -984,7 +984,7 @@ def test_calls_that_are_not_alike(device):
     calls = [
         (there, {}), (there, {"causal": True, "align": 0}), (there, {"causal": True, "align": 1}),
         (there, {"window": (2, 2), "align": 0}), (there, {"scale": 1.0}), (there, {"softcap": 2.0}),
-        (there, {"return_lse": True}), (there, {"tf32": True}),
+        (there, {"return_lse": True}), (there, {"precision": "tf32"}),
         ((even, k, v), {}), ((odd, k, v), {}),
         ((on(device, qkv()[0].astype(np.float64)), *(on(device, x.astype(np.float64)) for x in qkv()[1:])), {}),
     ]  # fmt: skip
@@ -994,8 +994,8 @@ def test_calls_that_are_not_alike(device):
             assert len(on_device._PLAIN) == n + 1
     with pytest.raises(TypeError, match=r"^causal is 1"):
         na.attention(*there, causal=1)
-    with pytest.raises(ValueError, match="tf32 is True and q has dtype float64"):
-        na.attention(*calls[-1][0], tf32=True)
+    with pytest.raises(ValueError, match="precision is 'tf32' and q has dtype float64"):
+        na.attention(*calls[-1][0], precision="tf32")
     with pytest.raises(ValueError, match=r"^scale is nan"):
         na.attention(*there, scale=float("nan"))
     for options in (

@@ -119,7 +119,7 @@ def test_gradients_beyond_32_bits_of_bytes(dtype: str, cuda: Any) -> None:
 def test_tf32(cuda: Any) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((2, 3, 300, 64)).astype(np.float32) for _ in range(4))
-    out, pullback = na.attention_vjp(q, k, v, causal=True, tf32=True)
+    out, pullback = na.attention_vjp(q, k, v, causal=True, precision="tf32")
     want = na.reference.attention(q, k, v, causal=True)
     assert 1e-6 < np.abs(out - want).max() < 5e-3
     grads, wanted = pullback(dout), na.reference.attention_backward(dout, q, k, v, causal=True)

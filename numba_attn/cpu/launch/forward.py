@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba.core import types
 
 from .. import threads
+from ..call import SEQUENCE
 from ..compile import array_type, compile_cfunc, compile_entry
 from ..forward import FLUSH, MAX_QUERIES, MAX_QUERIES_COPY, build, key_block, layout
 from ..simd import call_address
@@ -18,9 +19,12 @@ from .record import (
     INDEX,
     N_FIELDS,
     SERIAL_FLOPS,
+    Record,
     count_tiles,
     describe,
     elem_of,
+    is_half,
+    longest_first,
     rows_in_place,
     tile_width,
 )
@@ -29,7 +33,18 @@ if TYPE_CHECKING:
     from ...plan import Problem
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a call's work is cut: what sizes alone decide."""
+
+    sequences: np.ndarray
+    first_item: np.ndarray  # the first work item of each sequence, and their number
+    fields: dict[str, int]  # of the CALL record
+    flops: float
+    fill: bool  # some query is in no sequence
+
+
+@dataclass(slots=True)
 class Launch:
     """A call without its q, k, v, out and lse: reusable as long as nothing else of it is call data."""
 
@@ -37,12 +52,8 @@ class Launch:
     halves: bool  # float16 and bfloat16 enter the kernel as uint16
     kernel: Any  # the entry kernel for the dtype
     drain: int  # the address of the worker
-    template: np.ndarray
-    flops: float
-    n_items: int
-    scratch: int  # bytes for each thread
-    fill: bool  # some query is in no sequence
-    keep: list[Any] = field(default_factory=list)  # what the addresses in the template point to
+    schedule: Schedule
+    record: Record
 
 
 @cache
@@ -97,46 +108,68 @@ def entry(storage: np.dtype[Any]):
 
 def prepare(problem: Problem, want_lse: bool) -> Launch:
     """The record of a call, but for the arrays that `run` adds."""
-    name = problem.dtype.name
     elem = elem_of(problem.dtype)
-    record_array, keep = describe(problem, elem)
-    record, sequences = record_array[0], keep[0]
-    rows = tile_width(elem, problem.left, problem.right)
-    group, kv_heads, qk, dv = problem.q_heads // problem.kv_heads, problem.kv_heads, problem.qk_dim, problem.v_dim
-    q_lens = sequences[:, 2]
-    tiles = count_tiles(q_lens, rows, group)
-    total = int(tiles.sum()) * kv_heads
-    n_threads = threads.numba.config.NUMBA_NUM_THREADS
+    halves = is_half(problem.dtype)
     # Only a matter of speed: a launch is used again for arrays with other strides.
-    copies = name not in ("float32", "float64") or not (rows_in_place(problem.k) and rows_in_place(problem.v))
-    share = min((MAX_QUERIES_COPY if copies else MAX_QUERIES) // rows, max(1, total // (8 * n_threads)))
-    fine = 2 * n_threads if n_threads > 1 else 0
-    items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
-    first_item = np.zeros(len(sequences) + 1, np.int64)
-    np.cumsum(items, out=first_item[1:])
-    keep.append(first_item)
-
-    span = min(problem.left, problem.kv_len) + min(problem.right, problem.kv_len) + 1
-    pairs = float((q_lens * np.minimum(sequences[:, 4], span)).sum()) * problem.q_heads
-
+    copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
+    schedule = _schedule(
+        _Sizes(elem, copies, tile_width(elem, problem.left, problem.right), problem.q.shape, problem.k.shape),
+        problem.v_dim,
+        (problem.left, problem.right),
+        problem.bias is not None,
+        problem.sequences.tobytes(),
+    )
+    record = describe(problem, elem, schedule.sequences)
+    for name, number in schedule.fields.items():
+        record[name] = number
+    record.points_to("first_item", schedule.first_item)
     record["lse"] = want_lse
-    record["tile_rows"], record["block"], record["tiles"], record["fine"] = rows, key_block(elem, qk), share, fine
-    offsets = layout(elem, share, qk, dv, problem.kv_len > FLUSH, problem.bias is not None)
-    for field_name, offset in offsets.items():
-        record[field_name] = offset
-    record["first_item"], record["n_items"] = first_item.ctypes.data, first_item[-1]
-    halves = name not in ("float32", "float64")
     return Launch(
         elem=elem,
         halves=halves,
         kernel=entry(np.dtype(np.uint16) if halves else problem.dtype),
         drain=drain_address(elem),
-        template=record_array.view(np.int64),
-        flops=2.0 * pairs * (qk + dv),
-        n_items=int(first_item[-1]),
-        scratch=offsets["scratch"],
-        fill=int(q_lens.sum()) < problem.batch * problem.q_len,
-        keep=keep,
+        schedule=schedule,
+        record=record,
+    )
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a call that decide its tiles."""
+
+    elem: str
+    copies: bool  # blocks of k and v are copied before they are read
+    rows: int  # queries of a tile
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+
+
+@lru_cache(512)
+def _schedule(sizes: _Sizes, v_dim: int, window: tuple[int, int], bias: bool, table: bytes) -> Schedule:
+    """Work items, tiles and scratch memory; `table` holds the problem's sequences."""
+    batch, q_heads, q_len, qk_dim = sizes.q
+    _, kv_heads, kv_len, _ = sizes.k
+    sequences = longest_first(np.frombuffer(table, np.int64).reshape(-1, SEQUENCE))
+    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
+    tiles = count_tiles(q_lens, sizes.rows, q_heads // kv_heads)
+    n_threads = threads.numba.config.NUMBA_NUM_THREADS
+    most = (MAX_QUERIES_COPY if sizes.copies else MAX_QUERIES) // sizes.rows
+    share = min(most, max(1, int(tiles.sum()) * kv_heads // (8 * n_threads)))
+    fine = 2 * n_threads if n_threads > 1 else 0
+    items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
+    first_item = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum(items, out=first_item[1:])
+
+    span = min(window[0], kv_len) + min(window[1], kv_len) + 1
+    pairs = float((q_lens * np.minimum(k_lens, span)).sum()) * q_heads
+    fields = {"tile_rows": sizes.rows, "block": key_block(sizes.elem, qk_dim), "tiles": share, "fine": fine}
+    fields |= layout(sizes.elem, share, qk_dim, v_dim, kv_len > FLUSH, bias)
+    return Schedule(
+        sequences=sequences,
+        first_item=first_item,
+        fields=fields | {"n_items": int(first_item[-1])},
+        flops=2.0 * pairs * (qk_dim + v_dim),
+        fill=int(q_lens.sum()) < batch * q_len,
     )
 
 
@@ -145,7 +178,8 @@ _NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float
 
 def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, lse: np.ndarray | None) -> None:
     """Run the forward kernel on (B, H, S, D) views; writes out, and lse if the launch was prepared for one."""
-    if launch.fill:
+    schedule, n_items = launch.schedule, launch.schedule.fields["n_items"]
+    if schedule.fill:
         out[...] = 0
         if lse is not None:
             lse[...] = -np.inf
@@ -154,10 +188,11 @@ def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.nda
     if lse is None:
         lse = _NO_LSE[launch.elem]
     n = 1
-    if launch.flops > SERIAL_FLOPS and launch.n_items > 1:
-        n = min(threads.usable(), launch.n_items)
-    call = np.empty(N_FIELDS + CALL_EXTRA + n * launch.scratch // 8, np.int64)
+    if schedule.flops > SERIAL_FLOPS and n_items > 1:
+        n = min(threads.usable(), n_items)
+    template = launch.record.numbers
+    call = np.empty(N_FIELDS + CALL_EXTRA + n * schedule.fields["scratch"] // 8, np.int64)
     if n == 1:
-        launch.kernel(q, k, v, out, lse, launch.template, call, launch.drain)
+        launch.kernel(q, k, v, out, lse, template, call, launch.drain)
     else:
-        threads.run(launch.kernel(q, k, v, out, lse, launch.template, call, 0), launch.drain, n)
+        threads.run(launch.kernel(q, k, v, out, lse, template, call, 0), launch.drain, n)

@@ -70,7 +70,7 @@ class Call:
         check(problem, device)
         if tf32 and problem.dtype != np.float32:
             raise ValueError(
-                f"tf32 is True and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
+                f"precision is 'tf32' and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
             )
         if not on_device:  # else asked before there were results
             device.refuse_capture(stream)
