@@ -175,7 +175,7 @@ def _amx() -> str:
     return f"{', '.join(found)}; not used in this release" if found else "no"
 
 
-def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list) -> int:
+def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list[Any]) -> int:
     from numba_attn.cuda.host import driver
 
     if args.peak or args.json or args.libraries or args.threads or args.rounds:

@@ -97,7 +97,7 @@ def call_type(fields: tuple[str, ...]) -> Any:
     return namedtuple("Call", fields)
 
 
-Reals = namedtuple("Reals", REALS)  # type: ignore[misc]
+Reals = namedtuple("Reals", REALS)
 
 
 def signature(fields: tuple[str, ...]) -> tuple[Any, Any]:
