@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba.core import types
 
+from ..mask import OPEN
 from ..online import LOG2E
 from . import threads
-from .call import CALL, OPEN, STORAGE, tile_rows
+from .call import CALL, STORAGE, tile_rows
 from .compile import array_type, compile_cfunc, compile_entry
 from .forward import FLUSH, MAX_QUERIES, MAX_QUERIES_COPY, build, key_block, layout
 from .modifiers import aux_table, tile_function
