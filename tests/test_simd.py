@@ -2,14 +2,16 @@
 precision."""
 
 import math
+from functools import cache
 
 import ml_dtypes
 import numpy as np
 import pytest
 from numba import njit
 
-from numba_attn.cpu import simd
-from numba_attn.cpu.simd import ROW, f32_ptr, f64_ptr, i64_ptr, u8_ptr
+from numba_attn.cpu import halves, products, registers, simd, vectors
+from numba_attn.cpu.queries import Keys
+from numba_attn.cpu.simd import ROW, f32_ptr, f64_ptr, i32_ptr, i64_ptr, u8_ptr
 from numba_attn.cpu.target import MATH
 from numba_attn.online import merge, numpy_online
 
@@ -20,13 +22,13 @@ either = pytest.mark.parametrize("elem", ["f32", "f64"])
 @either
 def test_exp2(elem):
     dtype, ptr = ELEMS[elem]
-    lanes, exp2 = ROW.lanes(elem), simd.exp2
+    lanes = ROW.lanes(elem)
 
     @njit
     def run(x, n):
         p = ptr(x)
         for i in range(0, n, lanes):
-            simd.store(p + i, exp2(simd.load(p + i, lanes)))
+            vectors.store(p + i, vectors.exp2(vectors.load(p + i)))
 
     lowest = -126 if elem == "f32" else -1022
     x = np.linspace(lowest, 100, 64 * 4096).astype(dtype)
@@ -54,14 +56,14 @@ def test_products(elem):
 
     @njit
     def run(a, b, seen, alpha, plain, masked, folded, first):
-        t = simd.zeros(ptr(a), lanes, mr, nr)
-        u = simd.zeros(ptr(a), lanes, mr, nr)
+        t = registers.zeros(ptr(a), registers.shape(mr, nr))
+        u = registers.zeros(ptr(a), registers.shape(mr, nr))
         for c in range(n):
-            t = simd.outer(t, ptr(a) + c, n, ptr(b) + c * w)
-            u = simd.outer_visible(u, ptr(a) + c, n, ptr(b) + c * w, u8_ptr(seen) + c * w)
-        simd.store_tile(t, ptr(plain), w)
-        simd.store_tile(u, ptr(masked), w)
-        simd.fold_tile(t, ptr(folded), w, ptr(alpha), first)
+            t = registers.outer(t, ptr(a) + c, n, ptr(b) + c * w)
+            u = registers.outer_visible(u, ptr(a) + c, n, ptr(b) + c * w, u8_ptr(seen) + c * w)
+        registers.store_tile(t, ptr(plain), w)
+        registers.store_tile(u, ptr(masked), w)
+        registers.fold_tile(t, ptr(folded), w, ptr(alpha), first)
 
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((mr, n)).astype(dtype), rng.standard_normal((n, w)).astype(dtype)
@@ -84,14 +86,87 @@ def test_products(elem):
 
 
 @either
+def test_elements_travel_with_pointers(elem):
+    """Lanes, item size and numbers follow from the pointer; a vector of another type takes its lanes from one."""
+    dtype, ptr = ELEMS[elem]
+
+    @njit
+    def facts(x):
+        return simd.lanes(ptr(x)), simd.itemsize(ptr(x)), simd.full_width(ptr(x)), simd.lanes(u8_ptr(x))
+
+    @njit
+    def run(x, at, third, bounds, below):
+        p = simd.at_byte(ptr(x), at)
+        vectors.store(p, vectors.splat(p, 2.5))
+        p[0] = simd.scalar(p, 1) / simd.scalar(p, 3)
+        simd.pointer_like(p, third)[0] = p[0]
+        low = vectors.load_lanes(i32_ptr(bounds), p)  # as many lanes as p has, whatever an int32 vector would hold
+        vectors.store_bytes(u8_ptr(below), low < vectors.splat(low, 2))
+
+    lanes, size = ROW.lanes(elem), np.dtype(dtype).itemsize
+    assert facts(0) == (lanes, size, lanes * ROW.nr, ROW.bits // 8)
+    x, third = np.zeros(lanes + 2, dtype), np.zeros(1, dtype)
+    bounds, below = np.arange(lanes, dtype=np.int32), np.full(lanes + 1, 7, np.uint8)
+    run(x.ctypes.data, size, third.ctypes.data, bounds.ctypes.data, below.ctypes.data)
+    assert x[0] == x[-1] == 0 and (x[2:-1] == 2.5).all() and x[1] == third[0] == dtype(1) / dtype(3)
+    np.testing.assert_array_equal(below, [*np.where(bounds < 2, 255, 0), 7])
+
+
+@cache
+def block_products(elem):
+    ptr = ELEMS[elem][1]
+
+    @njit
+    def scores(k, q, s, keys, w, n):
+        products.score_products(ptr(k), ptr(q), ptr(s), keys, w, n)
+
+    @njit
+    def values(v, p, visible, masked, o, alpha, keys, w, n):
+        seen = products.Seen(u8_ptr(visible), masked)
+        products.value_products(ptr(v), ptr(p), seen, ptr(o), ptr(alpha), keys, w, n)
+
+    return scores, values
+
+
+@either
+@pytest.mark.parametrize("vectors_wide", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_block_products(elem, vectors_wide, n):
+    """Scores and sums of values, for each width of a tile and lengths that no register tile divides."""
+    scores, values = block_products(elem)
+    dtype = ELEMS[elem][0]
+    w, first, last = vectors_wide * ROW.lanes(elem), 8, 21
+    keys = Keys(0, 0, first, last)
+    rng = np.random.default_rng(5)
+    k, q = rng.standard_normal((last, n)).astype(dtype), rng.standard_normal((n, w)).astype(dtype)
+    s = np.full((last + 1, w), 7, dtype)
+    scores(*(x.ctypes.data for x in (k, q, s)), keys, w, n)
+    close = {"rtol": 0, "atol": 40 * np.finfo(dtype).eps * n}
+    np.testing.assert_allclose(s[first:last], (k.astype(np.float64) @ q)[first:], **close)
+    assert (s[:first] == 7).all() and (s[last] == 7).all()
+
+    p, o, alpha = rng.random((last, w)).astype(dtype), rng.random((n, w)).astype(dtype), rng.random(w).astype(dtype)
+    visible = rng.integers(0, 2, (last, w)).astype(np.uint8) * 255
+    p[visible == 0] = 0
+    for masked in (False, True):
+        v, got = rng.standard_normal((last, n)).astype(dtype), o.copy()
+        finite = v.copy()
+        if masked:  # a NaN that only hidden pairs meet is left out
+            v[10], p[10], visible[10], finite[10] = np.nan, 0, 0, 0
+        values(*(x.ctypes.data for x in (v, p, visible)), masked, got.ctypes.data, alpha.ctypes.data, keys, w, n)
+        want = o * alpha.astype(np.float64) + finite[first:].T.astype(np.float64) @ p[first:]
+        np.testing.assert_allclose(got, want, rtol=0, atol=40 * np.finfo(dtype).eps * (last - first))
+
+
+@either
 def test_transposes(elem):
     dtype, ptr = ELEMS[elem]
     lanes = ROW.lanes(elem)
 
     @njit
     def run(addresses, back_addresses, middle, factor, count):
-        simd.transpose_in(i64_ptr(addresses), 3, ptr(middle), lanes + 2, lanes)
-        simd.transpose_out(ptr(middle), lanes + 2, ptr(factor), i64_ptr(back_addresses), 1, count, lanes)
+        registers.transpose_in(i64_ptr(addresses), 3, ptr(middle), lanes + 2, ptr(factor))
+        registers.transpose_out(ptr(middle), lanes + 2, ptr(factor), i64_ptr(back_addresses), 1, count)
 
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((lanes, lanes + 5)).astype(dtype)
@@ -112,13 +187,13 @@ def test_comparisons_and_bytes(elem):
 
     @njit
     def run(x, y, out, picked):
-        a, b = simd.load(ptr(x), lanes), simd.load(ptr(y), lanes)
-        simd.store_bytes(u8_ptr(out), a < b)
-        simd.store_bytes(u8_ptr(out) + lanes, a != b)
-        simd.store_bytes(u8_ptr(out) + 2 * lanes, (a >= b) & (a != b))
-        simd.store(ptr(picked), simd.select(simd.load_bits(u8_ptr(out), lanes), a, b))
-        simd.store(ptr(picked) + lanes, simd.maximum(a, b))
-        return simd.any_bit(a != a)
+        a, b = vectors.load(ptr(x)), vectors.load(ptr(y))
+        vectors.store_bytes(u8_ptr(out), a < b)
+        vectors.store_bytes(u8_ptr(out) + lanes, a != b)
+        vectors.store_bytes(u8_ptr(out) + 2 * lanes, (a >= b) & (a != b))
+        vectors.store(ptr(picked), vectors.select(vectors.load_bits(u8_ptr(out), a), a, b))
+        vectors.store(ptr(picked) + lanes, vectors.maximum(a, b))
+        return vectors.any_bit(a != a)
 
     rng = np.random.default_rng(2)
     for _ in range(20):
@@ -137,14 +212,14 @@ def test_halves_exactly():
     @njit
     def widen(h, f, b, n):
         for i in range(n):
-            f[i] = simd.half_to_float(h[i])
-            b[i] = simd.bfloat_to_float(h[i])
+            f[i] = halves.half_to_float(h[i])
+            b[i] = halves.bfloat_to_float(h[i])
 
     @njit
     def narrow(x, h, b, n):
         for i in range(n):
-            h[i] = simd.float_to_half(x[i])
-            b[i] = simd.float_to_bfloat(x[i])
+            h[i] = halves.float_to_half(x[i])
+            b[i] = halves.float_to_bfloat(x[i])
 
     bits = np.arange(2**16, dtype=np.uint16)
     f, b = np.empty((2, bits.size), np.float32)

@@ -4,18 +4,20 @@ Everything that changes per call is a number in this record, so a call never com
 """
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.core.imputils import lower_getattr_generic, lower_setattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import intrinsic, models, register_model
 from numba.np import numpy_support
 
 from .compile import inner
-from .simd import ROW, fetch_add, i64_ptr
+from .simd import F64 as F64_IR
+from .simd import I64, ROW, Ptr, fetch_add, i64_ptr
 
 # Storage codes of q, k, v, out, bias and the gradients.
 F32, F64, F16, BF16 = 0, 1, 2, 3
 STORAGE = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": BF16}
-
-OPEN = 2**62  # an absent window bound, as in plan.py
 
 
 def _fields(prefix, names):
@@ -64,12 +66,39 @@ CALL = np.dtype(
     + [(n, np.float64) for n in ("scale", "q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")]
 )
 
-SEQUENCE = 7  # columns of the sequence table: batch, q_start, q_len, k_start, k_len, offset, prefix
+# One sequence: row of the batch, first query and number of queries, first key and number of keys, diagonal (query i
+# meets key i + offset, both counted from the sequence's start) and length of the prefix that every query sees.
+SEQUENCE = np.dtype(_fields("", "batch q_start q_len k_start k_len offset prefix"))
+
+# The keys first:last of a block that a tile sees, the queries of the tile and its width in lanes.
+PART = np.dtype(_fields("", "first last count width"))
+
+# A bool mask: address and byte strides.
+MASK = np.dtype(_fields("", "address b h i j"))
+
+# Segment numbers of queries and of keys: address and byte stride of the batch axis.
+SEGMENTS = np.dtype(_fields("", "q q_b k k_b"))
+
+# A user's function as a loop over a tile, and the table of its arrays: addresses.
+MODIFIER = np.dtype(_fields("", "fn aux"))
 
 
 def tile_rows(elem: str) -> int:
     """Queries of a full tile."""
     return ROW.nr * ROW.lanes(elem)
+
+
+_LANES = (np.int64, (tile_rows("f32"),))  # no tile is wider
+
+# A tile of queries, see queries.py. As a whole: how many it holds, its width in lanes, the keys that some lane sees
+# (low:high) and those that all lanes see (inner_low:inner_high), counted from the sequence's start, whether its rows of
+# q and of dout hold neither NaN nor infinity, its row of the batch, and an offset: query i of the caller's array meets
+# key i + offset of the sequence. Of each lane: its row in the caller's array, its head, the first key that it sees and
+# the key after the last one. Lanes past the count, up to the width, repeat the last query.
+TILE = np.dtype(
+    _fields("", "count width low high inner_low inner_high q_finite dout_finite batch offset")
+    + [(name, *_LANES) for name in ("rows", "heads", "starts", "ends")]
+)
 
 
 def buffers(sizes: dict[str, int]) -> dict[str, int]:
@@ -85,15 +114,79 @@ def buffers(sizes: dict[str, int]) -> dict[str, int]:
     return layout | {"scratch": at}
 
 
-@intrinsic
-def call_record(typingctx, address):
-    """The CALL record at an address."""
-    record = numpy_support.from_dtype(CALL)
+class Columns(types.Type):
+    """A pointer to a record of 8-byte fields; record.name reads and writes a field, or is a pointer to an array of
+    int64.
 
-    def codegen(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(record))
+    (Numba's own records are pointers too, but cannot be returned in a tuple.)
+    """
 
-    return record(types.intp), codegen
+    def __init__(self, name: str, dtype: np.dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Columns({name})")
+
+
+@register_model(Columns)
+class _ColumnsModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, I64.as_pointer())
+
+
+@infer_getattr
+class _ColumnsAttribute(AttributeTemplate):
+    key = Columns
+
+    def generic_resolve(self, record, name):
+        if record.dtype.names and name in record.dtype.names:
+            field = record.dtype[name]
+            return Ptr("i64") if field.shape else numpy_support.from_dtype(field)
+
+
+def _field(builder, kind, pointer, name):
+    at = builder.gep(pointer, [ir.Constant(I64, kind.dtype.fields[name][1] // 8)])
+    return builder.bitcast(at, (F64_IR if kind.dtype[name] == np.float64 else I64).as_pointer())
+
+
+@lower_getattr_generic(Columns)
+def _get_field(context, builder, kind, value, name):
+    field = _field(builder, kind, value, name)
+    return field if kind.dtype[name].shape else builder.load(field)
+
+
+@lower_setattr_generic(Columns)
+def _set_field(context, builder, sig, args, name):
+    kind, value = sig.args
+    number = context.cast(builder, args[1], value, numpy_support.from_dtype(kind.dtype[name]))
+    builder.store(number, _field(builder, kind, args[0], name))
+
+
+def _records(name: str, dtype: np.dtype):
+    """A function that takes the address of a table of such records and an index."""
+    record = Columns(name, dtype)
+
+    @intrinsic
+    def at(typingctx, address, index):
+        def codegen(context, builder, sig, args):
+            offset = builder.mul(args[1], ir.Constant(I64, dtype.itemsize))
+            return builder.inttoptr(builder.add(args[0], offset), I64.as_pointer())
+
+        return record(types.intp, types.intp), codegen
+
+    at.__name__ = name
+    return at
+
+
+call_record, sequence_record, tile_record, part_record = (
+    _records("call_record", CALL),
+    _records("sequence_record", SEQUENCE),
+    _records("tile_record", TILE),
+    _records("part_record", PART),
+)
+mask_record, segments_record, modifier_record = (
+    _records("mask_record", MASK),
+    _records("segments_record", SEGMENTS),
+    _records("modifier_record", MODIFIER),
+)
 
 
 @inner

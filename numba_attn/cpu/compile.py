@@ -141,7 +141,9 @@ class _InnerLibrary(JITCodeLibrary):
     def get_pointer_to_function(self, name):
         self._ensure_finalized()
         if not self._added:
-            if not any(fn.name == name for fn in self.get_defined_functions()):
+            try:  # a look-up by name: this is asked of every inner function, whose module holds all that it calls
+                self._final_module.get_function(name)
+            except NameError:
                 return 0
             self._added = True
             super()._finalize_final_module()

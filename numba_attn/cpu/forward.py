@@ -1,4 +1,4 @@
-"""The forward kernel: tiles of queries against blocks of keys, lanes are queries (DESIGN.md section 4).
+"""The forward kernel: tiles of queries against blocks of keys, lanes are queries.
 
     for a tile of queries, transposed and scaled once:                      Q' [d, lane]
         for a block of keys that the tile needs:
@@ -9,8 +9,9 @@
             O' = O' alpha + V' P'
         out, lse = O' / l, m + log l
 
-One source serves float32 (with float16 and bfloat16 storage) and float64: `build` makes the functions for one
-accumulation type. Everything that changes per call is a number in a CALL record, so a call never compiles anything.
+One source serves float32 (with float16 and bfloat16 storage) and float64: the element type travels with the pointers,
+and Numba specialises each function on it. Everything that changes per call is a number in a CALL record, so a call
+never compiles anything. The letters are explained in products.py.
 """
 
 import math
@@ -18,12 +19,27 @@ import math
 import numpy as np
 
 from ..online import LN2, LOG2E
-from . import scores, softmax, tiles
-from .call import buffers, tile_rows
+from .call import TILE, buffers, tile_rows
 from .compile import inner
 from .items import work_items
-from .scores import NONE, SOME, info_size
-from .simd import exp2, i64_ptr, load, splat, store, u8_ptr
+from .products import Seen, value_products
+from .queries import (
+    Keys,
+    k_array,
+    key_range,
+    load_queries,
+    locate,
+    prefetch_queries,
+    queries_at,
+    v_array,
+    write_queries,
+)
+from .simd import at_byte, full_width, lanes, pointer_like, scalar, u8_ptr
+from .softmax import State, online_softmax
+from .step import dropout, score_block
+from .storage import KeyRows, Strided, all_finite, key_rows
+from .vectors import MINUS_INF, exp2, load, splat, store
+from .visible import NONE, SOME
 
 FLUSH = 4096  # keys after which sums go to a third level: keeps the error of long sums at that of dense NumPy
 MAX_QUERIES = 192  # that share a pass over K and V; twice as many are no faster, and leave a thread idle at the end
@@ -51,7 +67,7 @@ def layout(elem: str, n_tiles: int, qk_dim: int, v_dim: int, long: bool, bias: b
             "o": n_tiles * v_dim * w * size,
             "state": (1 + 2 * n_tiles) * w * size,
             "sums": n_tiles * (v_dim + 4) * w * size * long,
-            "infos": n_tiles * info_size(w) * 8,
+            "infos": n_tiles * TILE.itemsize,
             "table": 2 * w * 8,
             "bounds": 2 * w * 4,
             "lanes": 2 * w * size,
@@ -65,189 +81,193 @@ def layout(elem: str, n_tiles: int, qk_dim: int, v_dim: int, long: bool, bias: b
     )
 
 
+# ---------------------------------------------------------------- the state of a tile
+
+
+@inner
+def queries_of(task, t):
+    """Q' of the t-th tile that the thread has in its memory."""
+    return at_byte(task.scratch, task.call.at_q) + t * task.call.qk_dim * full_width(task.scratch)
+
+
+@inner
+def state_of(task, t):
+    """The running sums of the t-th tile."""
+    call, scratch, w = task.call, task.scratch, full_width(task.scratch)
+    m = at_byte(scratch, call.at_state) + (1 + 2 * t) * w  # alpha, which all tiles use in turns, stands in front
+    return State(m, m + w, at_byte(scratch, call.at_o) + t * call.v_dim * w)
+
+
+@inner
+def long_sums_of(task, t):
+    """The third level of the t-th tile's sums; alpha stands behind m."""
+    w, n = full_width(task.scratch), task.call.v_dim
+    o = at_byte(task.scratch, task.call.at_sums) + t * (n + 4) * w
+    return State(o + (n + 1) * w, o + n * w, o)
+
+
+@inner
+def begin(task, queries, q, state):
+    """Load the tile's queries; nothing is summed yet, but for a sink: a key whose value is 0."""
+    call, w = task.call, queries.width
+    m, l, o = state.m, state.l, state.o
+    load_queries(task, queries, q)
+    for x in range(call.v_dim * w):
+        o[x] = 0.0
+    for r in range(w):
+        m[r] = MINUS_INF
+        l[r] = 0.0
+    # A sink of -inf is no key at all, so l stays 0: the row may be empty.
+    if call.sinks:
+        sinks = pointer_like(m, call.sinks)
+        for r in range(w):
+            m[r] = sinks[queries.heads[r]] * scalar(m, LOG2E)
+            l[r] = 0.0 if m[r] == MINUS_INF else 1.0
+
+
+@inner
+def begin_long_sums(sums, w, n):
+    """The third level of a tile's sums before the first flush."""
+    for x in range(n * w):
+        sums.o[x] = 0.0
+    for r in range(w):
+        sums.l[r] = 0.0
+        sums.m[r] = MINUS_INF
+
+
+@inner
+def flush(w, n, state, sums):
+    """Third level: what a tile has summed so far moves to sums; exact for a lane that has summed nothing since."""
+    m_sum, l_sum, o_sum = sums.m, sums.l, sums.o
+    l, o = state.l, state.o
+    alpha = m_sum + full_width(m_sum)
+    # The tile's m goes on, so it is the largest score of both: only the older sums must be rescaled.
+    for r in range(w):
+        m_new = state.m[r]
+        safe = scalar(m_sum, 0) if m_new == MINUS_INF else m_new  # -inf - -inf must not happen
+        alpha[r] = m_sum[r] - safe
+        m_sum[r] = m_new
+    # Add and begin anew at 0.
+    for c in range(0, w, lanes(l)):
+        factor = exp2(load(alpha + c))
+        store(l_sum + c, load(l_sum + c) * factor + load(l + c))
+        store(l + c, splat(l, 0))
+        for d in range(n):
+            at = d * w + c
+            store(o_sum + at, load(o_sum + at) * factor + load(o + at))
+            store(o + at, splat(l, 0))
+
+
+@inner
+def finish(task, queries, state):
+    """out = O' / l, 0 for an empty row; lse = m + log l in natural units.
+
+    -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not
+    depend on that.
+    """
+    call, m, l = task.call, state.m, state.l
+    rows, heads = queries.rows, queries.heads
+    # In float64 and rounded once: beside a large m a float32 sum would lose log l.
+    if call.lse:
+        base = call.lse + queries.batch * call.lse_b
+        for r in range(queries.count):
+            value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))
+            pointer_like(m, base + heads[r] * call.lse_h + rows[r] * call.lse_s)[0] = scalar(m, value)
+    # l becomes the factor of the row: one division, and 0 where nothing was seen.
+    for r in range(queries.width):
+        l[r] = scalar(l, 0) if l[r] == 0.0 else scalar(l, 1) / l[r]
+    out = Strided(call.out + queries.batch * call.out_b, call.out_h, call.out_s, call.out_d, call.storage)
+    write_queries(task, queries, out, state.o, l, call.v_dim)
+
+
+# ---------------------------------------------------------------- blocks of keys
+
+
+@inner
+def attend_tile(task, queries, keys, k, v, q, state):
+    """Keys of a block into the state of one tile."""
+    call, scratch, w = task.call, task.scratch, queries.width
+    s, alpha = at_byte(scratch, call.at_s), at_byte(scratch, call.at_state)
+    # S', in log2 units. Bytes of the hidden pairs only where 0 times a value of V would not be 0.
+    seen = score_block(task, queries, keys, k, q, s, not v.finite)
+    if seen == NONE:
+        return
+    # P' in its place, and what the sums up to here are worth now.
+    online_softmax(s, w, keys, state, alpha)
+    # After the sum of the weights: a dropped pair still takes part in the softmax.
+    if call.drop:
+        dropout(call, s, queries, keys)
+    # O' = O' alpha + V' P'
+    hidden = Seen(u8_ptr(at_byte(scratch, call.at_visible)), seen == SOME and not v.finite)
+    value_products(v.at, s, hidden, state.o, alpha, keys, w, call.v_dim)
+
+
+@inner
+def attend_block(task, n_tiles, j0):
+    """The block of keys at j0 into the state of every tile that needs it."""
+    call, sequence, scratch = task.call, task.sequence, task.scratch
+    qk, dv = call.qk_dim, call.v_dim
+    n_keys, key = min(call.block, sequence.k_len - j0), sequence.k_start + j0
+    # The rows that some tile needs, and whether some pair of them is hidden: then V must be finite, see `Seen`.
+    low, high = n_keys, 0
+    mixed = call.n_masks + call.n_segments + call.n_mask_mods + call.bias + call.score_mod != 0
+    for t in range(n_tiles):
+        queries = queries_at(task, t)
+        first, last = key_range(queries, j0, n_keys)
+        if first < last:
+            low, high = min(low, first), max(high, last)
+            mixed = mixed or j0 + first < queries.inner_low or j0 + last > queries.inner_high
+    if low >= high:
+        return
+    # Rows as accumulation type: read where they lie if they can be, else copied once for all tiles.
+    k_at = key_rows(k_array(task, key), at_byte(scratch, call.at_k), n_keys, qk)
+    v_at = key_rows(v_array(task, key), at_byte(scratch, call.at_v), n_keys, dv)
+    # V is looked through only if some pair is hidden: else every product is what IEEE arithmetic says.
+    k = KeyRows(k_at, all_finite(k_at + low * qk, (high - low) * qk))
+    v = KeyRows(v_at, not mixed or all_finite(v_at + low * dv, (high - low) * dv))
+    for t in range(n_tiles):
+        queries = queries_at(task, t)
+        first, last = key_range(queries, j0, n_keys)
+        if first < last:
+            keys = Keys(j0, key, first, last)
+            attend_tile(task, queries, keys, k, v, queries_of(task, t), state_of(task, t))
+
+
+@inner
+def attend(task, first_tile, n_tiles):
+    """n_tiles query tiles of one (sequence, key head), together over the keys that any of them needs."""
+    dv, block = task.call.v_dim, task.call.block
+    long = task.sequence.k_len > FLUSH
+    # Where each tile is, and which keys any of them sees.
+    low, high = task.sequence.k_len, 0
+    for t in range(n_tiles):
+        queries = queries_at(task, t)
+        locate(task, first_tile + t, queries)
+        low, high = min(low, queries.low), max(high, queries.high)
+        prefetch_queries(task, queries)
+    # By now the rows that were asked for are on their way.
+    for t in range(n_tiles):
+        queries = queries_at(task, t)
+        begin(task, queries, queries_of(task, t), state_of(task, t))
+        if long:
+            begin_long_sums(long_sums_of(task, t), full_width(task.scratch), dv)
+    # Blocks begin at multiples of `block` whatever the tile: a key's place in its block decides the bits of its sum.
+    j0 = low // block * block
+    while j0 < high:
+        attend_block(task, n_tiles, j0)
+        j0 += block
+        if long and j0 % FLUSH == 0:
+            for t in range(n_tiles):
+                flush(queries_at(task, t).width, dv, state_of(task, t), long_sums_of(task, t))
+    for t in range(n_tiles):
+        queries, state = queries_at(task, t), state_of(task, t)
+        if long:
+            sums = long_sums_of(task, t)
+            flush(queries.width, dv, state, sums)
+            state = State(state.m, sums.l, sums.o)
+        finish(task, queries, state)
+
+
 def build(elem: str):
     """drain(call_address): the worker for one accumulation type, "f32" or "f64"."""
-    jit = inner
-    base, step = tiles.build(elem), scores.build(elem)
-    L, W, acc, acc_ptr, ACC_BYTES, ACC_STORAGE = (
-        base.L,
-        base.W,
-        base.acc,
-        base.acc_ptr,
-        base.ACC_BYTES,
-        base.ACC_STORAGE,
-    )
-    values, write_rows, row_addresses = base.values, base.write_rows, base.row_addresses
-    all_finite, copy_block = base.all_finite, base.copy_block
-    locate, load_queries, prefetch_queries = step.locate, step.load_queries, step.prefetch_queries
-    key_range, score_block, dropout = step.key_range, step.score_block, step.dropout
-    COUNT, WIDTH, LOW, HIGH, INNER_LOW, INNER_HIGH = (
-        step.COUNT, step.WIDTH, step.LOW, step.HIGH, step.INNER_LOW, step.INNER_HIGH,
-    )  # fmt: skip
-    ROWS_AT, HEADS_AT, INFO = step.ROWS_AT, step.HEADS_AT, step.INFO
-    ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
-
-    online_softmax = softmax.build(elem)
-
-    # ------------------------------------------------------------ one tile of queries
-
-    @jit
-    def begin(call, scratch, b, info, q, o, m, l):
-        w, heads = info[WIDTH], info + HEADS_AT
-        load_queries(call, scratch, b, info, q)
-        for x in range(call.v_dim * w):
-            o[x] = ZERO
-        for r in range(w):
-            m[r] = NEG_INF
-            l[r] = ZERO
-        if call.sinks:
-            sinks = acc_ptr(call.sinks)
-            for r in range(w):
-                m[r] = sinks[heads[r]] * acc(LOG2E)
-                l[r] = ZERO if m[r] == NEG_INF else ONE
-
-    @jit
-    def flush(w, n, o, m, l, o_sum, m_sum, l_sum):
-        """Third level: what a tile has summed so far moves to (o_sum, m_sum, l_sum); exact for a lane that has summed
-        nothing since."""
-        for r in range(w):
-            m_new = m[r]
-            safe = ZERO if m_new == NEG_INF else m_new
-            # alpha as the vector code computes it, lane by lane
-            m_sum[W + r] = m_sum[r] - safe
-            m_sum[r] = m_new
-        for c in range(0, w, L):
-            al = exp2(load(m_sum + (W + c), L))
-            store(l_sum + c, load(l_sum + c, L) * al + load(l + c, L))
-            store(l + c, splat(ZERO, L))
-            for d in range(n):
-                at = d * w + c
-                store(o_sum + at, load(o_sum + at, L) * al + load(o + at, L))
-                store(o + at, splat(ZERO, L))
-
-    @jit
-    def finish(call, scratch, b, info, o, m, l):
-        """out = O' / l, 0 for an empty row; lse = m + log l in natural units.
-
-        -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not
-        depend on that.
-        """
-        w, count = info[WIDTH], info[COUNT]
-        rows, heads, table = info + ROWS_AT, info + HEADS_AT, i64_ptr(scratch + call.at_table)
-        if call.lse:
-            base = call.lse + b * call.lse_b
-            for r in range(count):
-                value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))
-                acc_ptr(base + heads[r] * call.lse_h + rows[r] * call.lse_s)[0] = acc(value)
-        for r in range(w):
-            l[r] = ZERO if l[r] == ZERO else ONE / l[r]
-        row_addresses(table, call.out + b * call.out_b, call.out_h, call.out_s, heads, rows, w, count)
-        write_rows(o, l, table, call.out_d, call.storage, acc_ptr(scratch + call.at_rows), w, count, call.v_dim)
-
-    @jit
-    def attend_block(call, scratch, b, info, j0, first, last, key, k, k_finite, v, v_finite, q, o, m, l, offset):
-        """Keys first:last of the block at j0 (sequence), key (array) into the state of one tile."""
-        w = info[WIDTH]
-        s, alpha = acc_ptr(scratch + call.at_s), acc_ptr(scratch + call.at_state)
-        seen = score_block(call, scratch, b, info, j0, first, last, key, k, k_finite, q, s, not v_finite, offset)
-        if seen == NONE:
-            return
-        padded = (last + 3) & ~3
-        for x in range(last * w, padded * w):
-            s[x] = NEG_INF
-        online_softmax(s, w, first & ~3, padded, m, l, alpha)
-        if call.drop:
-            dropout(call, s, b, info + HEADS_AT, info + ROWS_AT, w, info[COUNT], key, first, last)
-        visible = u8_ptr(scratch + call.at_visible)
-        values(v, call.v_dim, s, visible, seen == SOME and not v_finite, o, alpha, w, first, last, call.v_dim)
-
-    @jit
-    def attend(call, sequence, kv_head, first_tile, n_tiles, scratch):
-        """n_tiles query tiles of one (sequence, key head), together over the keys that any of them needs."""
-        b, k_start, k_len, block = sequence[0], sequence[3], sequence[4], call.block
-        qk, dv = call.qk_dim, call.v_dim
-        long = k_len > FLUSH
-        q_all, o_all, o_sums = (
-            acc_ptr(scratch + call.at_q),
-            acc_ptr(scratch + call.at_o),
-            acc_ptr(scratch + call.at_sums),
-        )
-        k_copy, v_copy = acc_ptr(scratch + call.at_k), acc_ptr(scratch + call.at_v)
-        infos, state = i64_ptr(scratch + call.at_infos), acc_ptr(scratch + call.at_state) + W
-
-        low, high = k_len, 0
-        item = ACC_BYTES if call.storage == ACC_STORAGE else 2
-        for t in range(n_tiles):
-            info = infos + t * INFO
-            locate(call, sequence, kv_head, first_tile + t, info)
-            low, high = min(low, info[LOW]), max(high, info[HIGH])
-            prefetch_queries(call.q + b * call.q_b, call.q_h, call.q_s, info, qk * item)
-        for t in range(n_tiles):
-            info = infos + t * INFO
-            m = state + 2 * t * W
-            begin(call, scratch, b, info, q_all + t * qk * W, o_all + t * dv * W, m, m + W)
-            if long:
-                o_sum = o_sums + t * (dv + 4) * W
-                for x in range((dv + 1) * W):
-                    o_sum[x] = ZERO
-                for x in range((dv + 1) * W, (dv + 2) * W):
-                    o_sum[x] = NEG_INF
-
-        copy_k = call.storage != ACC_STORAGE or call.k_d != ACC_BYTES or call.k_s != qk * ACC_BYTES
-        copy_v = call.storage != ACC_STORAGE or call.v_d != ACC_BYTES or call.v_s != dv * ACC_BYTES
-        j0 = low // block * block
-        while j0 < high:
-            keys = min(block, k_len - j0)
-            key = k_start + j0
-            low_row, high_row = keys, 0
-            mixed = call.n_masks + call.n_segments + call.n_mask_mods + call.bias + call.score_mod != 0
-            for t in range(n_tiles):
-                info = infos + t * INFO
-                first, last = key_range(info, j0, keys)
-                if first < last:
-                    low_row, high_row = min(low_row, first), max(high_row, last)
-                    mixed = mixed or j0 + first < info[INNER_LOW] or j0 + last > info[INNER_HIGH]
-            if low_row < high_row:
-                k_at = call.k + b * call.k_b + kv_head * call.k_h + key * call.k_s
-                v_at = call.v + b * call.v_b + kv_head * call.v_h + key * call.v_s
-                if copy_k:
-                    copy_block(k_at, call.k_s, call.k_d, call.storage, k_copy, keys, qk)
-                if copy_v:
-                    copy_block(v_at, call.v_s, call.v_d, call.storage, v_copy, keys, dv)
-                k = k_copy if copy_k else acc_ptr(k_at)
-                v = v_copy if copy_v else acc_ptr(v_at)
-                k_finite = all_finite(k + low_row * qk, (high_row - low_row) * qk)
-                v_finite = not mixed or all_finite(v + low_row * dv, (high_row - low_row) * dv)
-                for t in range(n_tiles):
-                    info = infos + t * INFO
-                    first, last = key_range(info, j0, keys)
-                    if first < last:
-                        m, q, o = state + 2 * t * W, q_all + t * qk * W, o_all + t * dv * W
-                        attend_block(
-                            call, scratch, b, info, j0, first, last, key, k, k_finite, v, v_finite, q, o, m, m + W,
-                            sequence[5] - sequence[1],
-                        )  # fmt: skip
-            j0 += block
-            if long and j0 % FLUSH == 0:
-                for t in range(n_tiles):
-                    o_sum = o_sums + t * (dv + 4) * W
-                    flush(
-                        infos[t * INFO + WIDTH],
-                        dv,
-                        o_all + t * dv * W,
-                        state + 2 * t * W,
-                        state + (2 * t + 1) * W,
-                        o_sum,
-                        o_sum + (dv + 1) * W,
-                        o_sum + dv * W,
-                    )
-        for t in range(n_tiles):
-            info = infos + t * INFO
-            o, m, l = o_all + t * dv * W, state + 2 * t * W, state + (2 * t + 1) * W
-            if long:
-                o_sum = o_sums + t * (dv + 4) * W
-                flush(info[WIDTH], dv, o, m, l, o_sum, o_sum + (dv + 1) * W, o_sum + dv * W)
-                o, l = o_sum, o_sum + dv * W
-            finish(call, scratch, b, info, o, m, l)
-
-    return work_items(attend)
+    return work_items(attend, elem)

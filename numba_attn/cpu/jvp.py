@@ -12,16 +12,33 @@ keys out is off by 5e-6 in float32, where the forward kernel, with a third level
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..online import LN2, LOG2E
-from . import scores, softmax, tiles
-from .call import buffers, tile_rows
+from .call import TILE, buffers, tile_rows
 from .compile import inner
 from .items import work_items
-from .scores import NONE, SOME, info_size
-from .simd import address_of, call_address, i64_ptr, u8_ptr
+from .products import Seen, score_products, value_products
+from .queries import (
+    Keys,
+    k_array,
+    key_range,
+    load_queries,
+    locate,
+    queries_at,
+    read_queries,
+    same_head,
+    v_array,
+    write_queries,
+)
+from .simd import address_of, at_byte, call_address, full_width, pointer_like, scalar, u8_ptr
+from .softmax import State, online_softmax
+from .step import dropout, score_block_slopes
+from .storage import KeyRows, Strided, all_finite, key_rows
+from .vectors import MINUS_INF
+from .visible import NONE, SOME, clear_hidden
 
 
 def key_block(elem: str, head_dim: int) -> int:
@@ -40,7 +57,7 @@ def layout(elem: str, qk_dim: int, v_dim: int, bias: bool, modified: bool, drop:
             **dict.fromkeys(("q", "q_dot"), qk_dim * w * size),
             **dict.fromkeys(("o", "o_dot"), v_dim * w * size),
             "state": 5 * w * size,  # alpha, ones, m, l, c
-            "infos": info_size(w) * 8,
+            "infos": TILE.itemsize,
             "table": 2 * w * 8,
             "bounds": 2 * w * 4,
             "lanes": 2 * w * size,
@@ -56,206 +73,286 @@ def layout(elem: str, qk_dim: int, v_dim: int, bias: bool, modified: bool, drop:
     )
 
 
+class Tile(NamedTuple):
+    """A tile of queries, its sums and their tangents."""
+
+    queries: Any  # its TILE record
+    q: Any  # scaled queries, transposed, and their tangent
+    q_dot: Any
+    state: State
+    c: Any  # of each lane: the sum of P' S.'
+    o_dot: Any
+    alpha: Any  # of each lane: what the old sums are worth now,
+    ones: Any  # and 1
+
+
+class Block(NamedTuple):
+    """Rows of K and V of a block of keys, and of their tangents, as accumulation type."""
+
+    k: KeyRows
+    v: KeyRows  # finite: v_dot is finite too
+    k_dot: Any
+    v_dot: Any
+
+
+@inner
+def tile_of(task):
+    call, scratch, w = task.call, task.scratch, full_width(task.scratch)
+    alpha = at_byte(scratch, call.at_state)
+    return Tile(
+        queries_at(task, 0),
+        at_byte(scratch, call.at_q),
+        at_byte(scratch, call.at_q_dot),
+        State(alpha + 2 * w, alpha + 3 * w, at_byte(scratch, call.at_o)),
+        alpha + 4 * w,
+        at_byte(scratch, call.at_o_dot),
+        alpha,
+        alpha + w,
+    )
+
+
+# ---------------------------------------------------------------- small loops
+
+
+@inner
+def add_scaled(x, y, factor, begin, end):
+    for n in range(begin, end):
+        x[n] = x[n] + y[n] * factor
+
+
+@inner
+def multiply(x, y, begin, end):
+    for n in range(begin, end):
+        x[n] = x[n] * y[n]
+
+
+@inner
+def add_lanes(sums, x, part, w, keys):
+    """sums[lane] += sum_j x[j, lane] over a block of keys, summed from zero in part: two-level sums."""
+    for r in range(w):
+        part[r] = 0.0
+    for j in range(keys.first, keys.last):
+        for r in range(w):
+            part[r] = part[r] + x[j * w + r]
+    for r in range(w):
+        sums[r] = sums[r] + part[r]
+
+
+# ---------------------------------------------------------------- S.'
+
+
+@inner
+def tangent_calls(call, raw, s_dot, queries, keys):
+    """The tangent of score_mod, one call a run of lanes that share a head; both buffers begin at keys.first."""
+    rows, heads, w, count = queries.rows, queries.heads, queries.width, queries.count
+    key, n, b = keys.key + keys.first, keys.last - keys.first, queries.batch
+    fn, aux, aux_dot = call.score_jvp, call.score_aux, call.aux_dot
+    r = 0
+    while r < count:
+        end = same_head(heads, r, count)
+        at, tangent = address_of(raw + r), address_of(s_dot + r)
+        call_address(fn, at, tangent, w, end - r, b, heads[r], rows[r], key, n, aux, aux_dot)
+        r = end
+
+
+@inner
+def product_tangents(task, tile, keys, block, s_dot, more):
+    """K Q.' + K. Q', in natural units."""
+    call, w, qk = task.call, tile.queries.width, task.call.qk_dim
+    begin, end = keys.first * w, keys.last * w
+    if call.q_dot:
+        score_products(block.k.at, tile.q_dot, s_dot, keys, w, qk)
+    else:
+        for x in range(begin, end):
+            s_dot[x] = 0.0
+    if call.k_dot:
+        score_products(block.k_dot, tile.q, more, keys, w, qk)
+        add_scaled(s_dot, more, scalar(more, call.dot_unit), begin, end)
+
+
+@inner
+def score_tangents(task, tile, keys, block, s_dot):
+    """S.' before the pairs are hidden, in natural units, by the chain rule through what score_block_slopes() did."""
+    call, scratch, queries, w = task.call, task.scratch, tile.queries, tile.queries.width
+    more, begin, end, b = at_byte(scratch, call.at_more), keys.first * w, keys.last * w, queries.batch
+    # The steps of score_block_slopes() in their order, each by its derivative.
+    product_tangents(task, tile, keys, block, s_dot, more)
+    if call.use_softcap:
+        multiply(s_dot, at_byte(scratch, call.at_curve), begin, end)
+    # A bias adds its tangent,
+    if call.bias_dot:
+        at = call.bias_dot + b * call.bias_dot_b + (keys.key + keys.first) * call.bias_dot_j
+        array = Strided(at, call.bias_dot_h, call.bias_dot_i, call.bias_dot_j, call.bias_dot_storage)
+        read_queries(task, queries, array, more + begin, keys.last - keys.first)
+        add_scaled(s_dot, more, scalar(more, 1), begin, end)
+    # a slope -slope. |i + offset - j|,
+    if call.slopes_dot:
+        slopes = pointer_like(more, call.slopes_dot + b * call.slopes_dot_b)
+        position = at_byte(scratch, call.at_lanes) + full_width(more)
+        for j in range(keys.first, keys.last):
+            for r in range(w):
+                x = j * w + r
+                s_dot[x] = s_dot[x] - slopes[queries.heads[r]] * abs(position[r] - scalar(more, j))
+    # and score_mod knows what its own arrays add.
+    if call.score_mod:
+        tangent_calls(call, at_byte(scratch, call.at_raw) + begin, s_dot + begin, queries, keys)
+
+
+# ---------------------------------------------------------------- a tile of queries
+
+
+@inner
+def begin(task, tile):
+    """Load the tile's queries and their tangents; nothing is summed yet, but for a sink: a key whose value is 0."""
+    call, queries, w = task.call, tile.queries, tile.queries.width
+    m, l, c, o, o_dot, ones = tile.state.m, tile.state.l, tile.c, tile.state.o, tile.o_dot, tile.ones
+    load_queries(task, queries, tile.q)
+    if call.q_dot:
+        q_dot, factor = tile.q_dot, scalar(o, call.scale)
+        at = call.q_dot + queries.batch * call.q_dot_b
+        array = Strided(at, call.q_dot_h, call.q_dot_s, call.q_dot_d, call.storage)
+        read_queries(task, queries, array, q_dot, call.qk_dim)
+        for x in range(call.qk_dim * w):
+            q_dot[x] = q_dot[x] * factor
+    for x in range(call.v_dim * w):
+        o[x] = 0.0
+        o_dot[x] = 0.0
+    for r in range(w):
+        ones[r] = 1.0
+        m[r] = MINUS_INF
+        l[r] = 0.0
+        c[r] = 0.0
+    # The tangent of a sink's score counts with the weight 1 that it begins with.
+    if call.sinks:
+        sinks = pointer_like(m, call.sinks)
+        for r in range(w):
+            head = queries.heads[r]
+            m[r] = sinks[head] * scalar(m, LOG2E)
+            l[r] = 0.0 if m[r] == MINUS_INF else 1.0
+            if call.sinks_dot and m[r] != MINUS_INF:
+                c[r] = pointer_like(m, call.sinks_dot)[head]
+
+
+@inner
+def rows_of_block(task, keys, n_keys):
+    """Rows of K, V and the tangents that are given, from the block's first key on."""
+    call, scratch, b, h, key = task.call, task.scratch, task.sequence.batch, task.kv_head, keys.key
+    qk, dv, storage = call.qk_dim, call.v_dim, call.storage
+    k = key_rows(k_array(task, key), at_byte(scratch, call.at_k), n_keys, qk)
+    v = key_rows(v_array(task, key), at_byte(scratch, call.at_v), n_keys, dv)
+    k_dot, v_dot = at_byte(scratch, call.at_k_dot), at_byte(scratch, call.at_v_dot)
+    if call.k_dot:
+        at = call.k_dot + b * call.k_dot_b + h * call.k_dot_h + key * call.k_dot_s
+        k_dot = key_rows(Strided(at, 0, call.k_dot_s, call.k_dot_d, storage), k_dot, n_keys, qk)
+    if call.v_dot:
+        at = call.v_dot + b * call.v_dot_b + h * call.v_dot_h + key * call.v_dot_s
+        v_dot = key_rows(Strided(at, 0, call.v_dot_s, call.v_dot_d, storage), v_dot, n_keys, dv)
+    # V and its tangent meet the same weights, so one flag serves both.
+    first, n = keys.first, keys.last - keys.first
+    v_finite = all_finite(v + first * dv, n * dv)
+    if call.v_dot:
+        v_finite = v_finite and all_finite(v_dot + first * dv, n * dv)
+    return Block(KeyRows(k, all_finite(k + first * qk, n * qk)), KeyRows(v, v_finite), k_dot, v_dot)
+
+
+@inner
+def drop_pairs(task, queries, keys, p, p_dot):
+    """Dropout of the weights and, with the same pairs, of what multiplies V in the tangent."""
+    w = queries.width
+    keep, begin, end = at_byte(task.scratch, task.call.at_keep), keys.first * w, keys.last * w
+    for x in range(begin, end):
+        keep[x] = 1.0
+    dropout(task.call, keep, queries, keys)
+    multiply(p, keep, begin, end)
+    multiply(p_dot, keep, begin, end)
+
+
+@inner
+def attend_block(task, tile, keys, block):
+    """A block of keys into the sums of a tile and their tangents."""
+    call, scratch, queries, w = task.call, task.scratch, tile.queries, tile.queries.width
+    s, s_dot, p_dot = at_byte(scratch, call.at_s), at_byte(scratch, call.at_s_dot), at_byte(scratch, call.at_p_dot)
+    c, alpha, v, dv = tile.c, tile.alpha, block.v, call.v_dim
+    seen = score_block_slopes(task, queries, keys, block.k, tile.q, s, not v.finite)
+    if seen == NONE:
+        return
+    score_tangents(task, tile, keys, block, s_dot)
+    # P' is 0 for a hidden pair, but 0 times a tangent that is not finite would not be.
+    if seen == SOME:
+        clear_hidden(s, s_dot, w, keys)
+    online_softmax(s, w, keys, tile.state, alpha)
+    # c = c alpha + sum P' S.'
+    for r in range(w):
+        c[r] = c[r] * alpha[r]
+    for x in range(keys.first * w, keys.last * w):
+        p_dot[x] = s[x] * s_dot[x]
+    add_lanes(c, p_dot, at_byte(scratch, call.at_rows), w, keys)
+    if call.drop:
+        drop_pairs(task, queries, keys, s, p_dot)
+    # O' and O.' are rescaled once each, so the second sum into O.' takes ones for alpha.
+    hidden = Seen(u8_ptr(at_byte(scratch, call.at_visible)), seen == SOME and not v.finite)
+    value_products(v.at, s, hidden, tile.state.o, alpha, keys, w, dv)
+    value_products(v.at, p_dot, hidden, tile.o_dot, alpha, keys, w, dv)
+    if call.v_dot:
+        value_products(block.v_dot, s, hidden, tile.o_dot, tile.ones, keys, w, dv)
+
+
+@inner
+def write_lse(call, queries, tile):
+    """lse = m + log l in natural units."""
+    m, l, rows, heads = tile.state.m, tile.state.l, queries.rows, queries.heads
+    at = call.lse + queries.batch * call.lse_b
+    for r in range(queries.count):
+        value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))
+        pointer_like(m, at + heads[r] * call.lse_h + rows[r] * call.lse_s)[0] = scalar(m, value)
+
+
+@inner
+def finish(task, tile):
+    """out = O / l, lse. = c / l, out. = O. / l - lse. out"""
+    call, queries, b = task.call, tile.queries, tile.queries.batch
+    l, c, o, o_dot = tile.state.l, tile.c, tile.state.o, tile.o_dot
+    w, rows, heads = queries.width, queries.rows, queries.heads
+    if call.lse:
+        write_lse(call, queries, tile)
+    for r in range(w):
+        l[r] = scalar(l, 0) if l[r] == 0.0 else scalar(l, 1) / l[r]
+        c[r] = c[r] * l[r]
+    if call.lse:
+        at = call.lse_dot + b * call.lse_dot_b
+        for r in range(queries.count):
+            pointer_like(l, at + heads[r] * call.lse_dot_h + rows[r] * call.lse_dot_s)[0] = c[r]
+    # O. - lse. O, which the factor 1 / l makes out. = O. / l - lse. out
+    for d in range(call.v_dim):
+        for r in range(w):
+            x = d * w + r
+            o_dot[x] = o_dot[x] - c[r] * o[x]
+    out = Strided(call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, call.storage)
+    write_queries(task, queries, out, o, l, call.v_dim)
+    dot_at = call.out_dot + b * call.out_dot_b
+    out_dot = Strided(dot_at, call.out_dot_h, call.out_dot_s, call.out_dot_d, call.storage)
+    write_queries(task, queries, out_dot, o_dot, l, call.v_dim)
+
+
+@inner
+def attend(task, first_tile, n_tiles):
+    """Tile after tile, over the keys that it needs."""
+    sequence, block, tile = task.sequence, task.call.block, tile_of(task)
+    queries = tile.queries
+    for t in range(n_tiles):
+        locate(task, first_tile + t, queries)
+        begin(task, tile)
+        # As in the forward kernel a key's place in its block decides the bits of its sum.
+        j0 = queries.low // block * block
+        while j0 < queries.high:
+            n_keys = min(block, sequence.k_len - j0)
+            first, last = key_range(queries, j0, n_keys)
+            keys = Keys(j0, sequence.k_start + j0, first, last)
+            attend_block(task, tile, keys, rows_of_block(task, keys, n_keys))
+            j0 += block
+        finish(task, tile)
+
+
 def build(elem: str):
     """drain(call_address): the worker for one accumulation type, "f32" or "f64"."""
-    jit = inner
-    base, step = tiles.build(elem), scores.build(elem, derivatives=True)
-    online_softmax = softmax.build(elem)
-    W, acc, acc_ptr = base.W, base.acc, base.acc_ptr
-    ACC_BYTES, ACC_STORAGE = base.ACC_BYTES, base.ACC_STORAGE
-    products, values, read_rows, write_rows = base.scores, base.values, base.read_rows, base.write_rows
-    row_addresses, all_finite, copy_block = base.row_addresses, base.all_finite, base.copy_block
-    locate, load_queries, key_range = step.locate, step.load_queries, step.key_range
-    score_block, dropout = step.score_block, step.dropout
-    COUNT, WIDTH, LOW, HIGH = step.COUNT, step.WIDTH, step.LOW, step.HIGH
-    clear_hidden, same_head = step.clear_hidden, step.same_head
-    ROWS_AT, HEADS_AT = step.ROWS_AT, step.HEADS_AT
-    ZERO, ONE, NEG_INF = acc(0), acc(1), acc(-np.inf)
-
-    @jit
-    def add_scaled(x, y, factor, first, last):
-        for n in range(first, last):
-            x[n] = x[n] + y[n] * factor
-
-    @jit
-    def multiply(x, y, first, last):
-        for n in range(first, last):
-            x[n] = x[n] * y[n]
-
-    @jit
-    def tangent_calls(call, raw, s_dot, b, heads, rows, w, count, key, keys):
-        """The tangent of score_mod, one call a run of lanes that share a head."""
-        r = 0
-        while r < count:
-            end = same_head(heads, r, count)
-            at, tangent = address_of(raw + r), address_of(s_dot + r)
-            call_address(
-                call.score_jvp, at, tangent, w, end - r, b, heads[r], rows[r], key, keys, call.score_aux, call.aux_dot
-            )
-            r = end
-
-    @jit
-    def score_tangents(call, scratch, b, info, first, last, key, k, k_dot, q, q_dot, s_dot):
-        """S.' before the pairs are hidden, in natural units, by the chain rule through what score_block did."""
-        w, count, qk = info[WIDTH], info[COUNT], call.qk_dim
-        rows, heads, more = info + ROWS_AT, info + HEADS_AT, acc_ptr(scratch + call.at_more)
-        if call.q_dot:
-            products(k, qk, q_dot, s_dot, w, first, last, qk)
-        else:
-            for x in range(first * w, last * w):
-                s_dot[x] = ZERO
-        if call.k_dot:
-            products(k_dot, qk, q, more, w, first, last, qk)
-            add_scaled(s_dot, more, acc(call.dot_unit), first * w, last * w)
-        if call.use_softcap:
-            multiply(s_dot, acc_ptr(scratch + call.at_curve), first * w, last * w)
-        if call.bias_dot:
-            table, tile = i64_ptr(scratch + call.at_table), more + first * w
-            at = call.bias_dot + b * call.bias_dot_b + (key + first) * call.bias_dot_j
-            row_addresses(table, at, call.bias_dot_h, call.bias_dot_i, heads, rows, w, count)
-            rows_scratch = acc_ptr(scratch + call.at_rows)
-            read_rows(table, call.bias_dot_j, call.bias_dot_storage, rows_scratch, tile, w, last - first)
-            add_scaled(s_dot, more, ONE, first * w, last * w)
-        if call.slopes_dot:
-            slopes, position = acc_ptr(call.slopes_dot + b * call.slopes_dot_b), acc_ptr(scratch + call.at_lanes) + W
-            for j in range(first, last):
-                for r in range(w):
-                    s_dot[j * w + r] = s_dot[j * w + r] - slopes[heads[r]] * abs(position[r] - acc(j))
-        if call.score_mod:
-            raw, at = acc_ptr(scratch + call.at_raw), first * w
-            tangent_calls(call, raw + at, s_dot + at, b, heads, rows, w, count, key + first, last - first)
-
-    @jit
-    def attend_tile(call, scratch, sequence, kv_head, tile):
-        b, k_start, k_len, block = sequence[0], sequence[3], sequence[4], call.block
-        qk, dv = call.qk_dim, call.v_dim
-        info, table = i64_ptr(scratch + call.at_infos), i64_ptr(scratch + call.at_table)
-        locate(call, sequence, kv_head, tile, info)
-        w, count = info[WIDTH], info[COUNT]
-        rows, heads = info + ROWS_AT, info + HEADS_AT
-        rows_scratch, visible = acc_ptr(scratch + call.at_rows), u8_ptr(scratch + call.at_visible)
-        q, q_dot = acc_ptr(scratch + call.at_q), acc_ptr(scratch + call.at_q_dot)
-        o, o_dot = acc_ptr(scratch + call.at_o), acc_ptr(scratch + call.at_o_dot)
-        s, s_dot, p_dot = (
-            acc_ptr(scratch + call.at_s),
-            acc_ptr(scratch + call.at_s_dot),
-            acc_ptr(scratch + call.at_p_dot),
-        )
-        alpha = acc_ptr(scratch + call.at_state)
-        ones, m, l, c = alpha + W, alpha + 2 * W, alpha + 3 * W, alpha + 4 * W
-        load_queries(call, scratch, b, info, q)
-        if call.q_dot:
-            at = call.q_dot + b * call.q_dot_b
-            row_addresses(table, at, call.q_dot_h, call.q_dot_s, heads, rows, w, count)
-            read_rows(table, call.q_dot_d, call.storage, rows_scratch, q_dot, w, qk)
-            for x in range(qk * w):
-                q_dot[x] = q_dot[x] * acc(call.scale)
-        for x in range(dv * w):
-            o[x] = ZERO
-            o_dot[x] = ZERO
-        for r in range(w):
-            ones[r] = ONE
-            m[r] = NEG_INF
-            l[r] = ZERO
-            c[r] = ZERO
-        if call.sinks:
-            sinks = acc_ptr(call.sinks)
-            for r in range(w):
-                m[r] = sinks[heads[r]] * acc(LOG2E)
-                l[r] = ZERO if m[r] == NEG_INF else ONE
-                if call.sinks_dot and m[r] != NEG_INF:
-                    c[r] = acc_ptr(call.sinks_dot)[heads[r]]
-
-        same = call.storage == ACC_STORAGE
-        k_here = same and call.k_d == ACC_BYTES and call.k_s == qk * ACC_BYTES
-        v_here = same and call.v_d == ACC_BYTES and call.v_s == dv * ACC_BYTES
-        k_dot_here = same and call.k_dot_d == ACC_BYTES and call.k_dot_s == qk * ACC_BYTES
-        v_dot_here = same and call.v_dot_d == ACC_BYTES and call.v_dot_s == dv * ACC_BYTES
-        j0 = info[LOW] // block * block
-        while j0 < info[HIGH]:
-            keys = min(block, k_len - j0)
-            key = k_start + j0
-            first, last = key_range(info, j0, keys)
-            k_at = call.k + b * call.k_b + kv_head * call.k_h + key * call.k_s
-            v_at = call.v + b * call.v_b + kv_head * call.v_h + key * call.v_s
-            k_dot_at = call.k_dot + b * call.k_dot_b + kv_head * call.k_dot_h + key * call.k_dot_s
-            v_dot_at = call.v_dot + b * call.v_dot_b + kv_head * call.v_dot_h + key * call.v_dot_s
-            k, v, k_dot, v_dot = acc_ptr(k_at), acc_ptr(v_at), acc_ptr(k_dot_at), acc_ptr(v_dot_at)
-            if not k_here:
-                k = acc_ptr(scratch + call.at_k)
-                copy_block(k_at, call.k_s, call.k_d, call.storage, k, keys, qk)
-            if not v_here:
-                v = acc_ptr(scratch + call.at_v)
-                copy_block(v_at, call.v_s, call.v_d, call.storage, v, keys, dv)
-            if call.k_dot and not k_dot_here:
-                k_dot = acc_ptr(scratch + call.at_k_dot)
-                copy_block(k_dot_at, call.k_dot_s, call.k_dot_d, call.storage, k_dot, keys, qk)
-            if call.v_dot and not v_dot_here:
-                v_dot = acc_ptr(scratch + call.at_v_dot)
-                copy_block(v_dot_at, call.v_dot_s, call.v_dot_d, call.storage, v_dot, keys, dv)
-            k_finite = all_finite(k + first * qk, (last - first) * qk)
-            v_finite = all_finite(v + first * dv, (last - first) * dv)
-            if call.v_dot:
-                v_finite = v_finite and all_finite(v_dot + first * dv, (last - first) * dv)
-            offset = sequence[5] - sequence[1]
-            seen = score_block(call, scratch, b, info, j0, first, last, key, k, k_finite, q, s, not v_finite, offset)
-            if seen != NONE:
-                score_tangents(call, scratch, b, info, first, last, key, k, k_dot, q, q_dot, s_dot)
-                if seen == SOME:
-                    clear_hidden(s, s_dot, w, first, last)
-                padded = (last + 3) & ~3
-                for x in range(last * w, padded * w):
-                    s[x] = NEG_INF
-                online_softmax(s, w, first & ~3, padded, m, l, alpha)
-                for r in range(w):
-                    c[r] = c[r] * alpha[r]
-                for x in range(first * w, last * w):
-                    p_dot[x] = s[x] * s_dot[x]
-                for r in range(w):
-                    rows_scratch[r] = ZERO
-                for j in range(first, last):
-                    for r in range(w):
-                        rows_scratch[r] = rows_scratch[r] + p_dot[j * w + r]
-                for r in range(w):
-                    c[r] = c[r] + rows_scratch[r]
-                if call.drop:
-                    keep = acc_ptr(scratch + call.at_keep)
-                    for x in range(first * w, last * w):
-                        keep[x] = ONE
-                    dropout(call, keep, b, heads, rows, w, count, key, first, last)
-                    multiply(s, keep, first * w, last * w)
-                    multiply(p_dot, keep, first * w, last * w)
-                masked = seen == SOME and not v_finite
-                values(v, dv, s, visible, masked, o, alpha, w, first, last, dv)
-                values(v, dv, p_dot, visible, masked, o_dot, alpha, w, first, last, dv)
-                if call.v_dot:
-                    values(v_dot, dv, s, visible, masked, o_dot, ones, w, first, last, dv)
-            j0 += block
-
-        # out = O / l, lse. = c / l, out. = O. / l - lse. out
-        if call.lse:
-            at, dot_at = call.lse + b * call.lse_b, call.lse_dot + b * call.lse_dot_b
-            for r in range(count):
-                value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))
-                acc_ptr(at + heads[r] * call.lse_h + rows[r] * call.lse_s)[0] = acc(value)
-        for r in range(w):
-            l[r] = ZERO if l[r] == ZERO else ONE / l[r]
-            c[r] = c[r] * l[r]
-        if call.lse:
-            for r in range(count):
-                acc_ptr(dot_at + heads[r] * call.lse_dot_h + rows[r] * call.lse_dot_s)[0] = c[r]
-        for d in range(dv):
-            for r in range(w):
-                x = d * w + r
-                o_dot[x] = o_dot[x] - c[r] * o[x]
-        row_addresses(table, call.out + b * call.out_b, call.out_h, call.out_s, heads, rows, w, count)
-        write_rows(o, l, table, call.out_d, call.storage, rows_scratch, w, count, dv)
-        row_addresses(table, call.out_dot + b * call.out_dot_b, call.out_dot_h, call.out_dot_s, heads, rows, w, count)
-        write_rows(o_dot, l, table, call.out_dot_d, call.storage, rows_scratch, w, count, dv)
-
-    @jit
-    def attend(call, sequence, kv_head, first_tile, n_tiles, scratch):
-        for t in range(n_tiles):
-            attend_tile(call, scratch, sequence, kv_head, first_tile + t)
-
-    return work_items(attend)
+    return work_items(attend, elem)

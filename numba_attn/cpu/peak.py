@@ -16,22 +16,26 @@ from numba.core import types
 
 from . import threads
 from .compile import compile_cfunc, compile_entry, inner
-from .simd import ROW, call_address, f32_ptr, f64_ptr, outer, store_tile, zeros
+from .registers import outer, shape, store_tile, zeros
+from .simd import POINTER, ROW, call_address, full_width
+
+MR, NR = ROW.mr, ROW.nr
+
+
+@inner
+def repeat(p, n):
+    t = zeros(p, shape(MR, NR))
+    for _ in range(n):
+        t = outer(t, p, 0, p)
+    return t
 
 
 def _build(elem: str):
-    lanes, mr, nr = ROW.lanes(elem), ROW.mr, ROW.nr
-    pointer = f32_ptr if elem == "f32" else f64_ptr
-
-    @inner
-    def repeat(p, n):
-        t = zeros(p, lanes, mr, nr)
-        for _ in range(n):
-            t = outer(t, p, 0, p)
-        return t
+    pointer = POINTER[elem]
 
     def fma_loop(address, n):
-        store_tile(repeat(pointer(address), n), pointer(address), lanes * nr)
+        p = pointer(address)
+        store_tile(repeat(p, n), p, full_width(p))
 
     return fma_loop
 

@@ -1,21 +1,19 @@
-"""The vector vocabulary of the CPU kernels: pointers, short vectors and register tiles as Numba types.
+"""The SIMD table, and pointers, short vectors and register tiles as Numba types.
 
 Numba has no vector type, and LLVM does not keep a matrix tile in registers when it is an array in a loop. So four
 types:
 
     Ptr(elem)             a raw address with an element type; p + n moves by elements, p[i] reads and writes a scalar
     Vec(elem, lanes)      one SIMD register (or the few that a narrower CPU needs); + - * / and comparisons work lane by
-                          lane
+                          lane (vectors.py)
     Bits(lanes)           the result of a comparison, one bit a lane
-    Tile(elem, lanes, mr, nr)   mr x nr vectors: an LLVM array of vectors, which stays in registers
+    Tile(elem, lanes, mr, nr)   mr x nr vectors: an LLVM array of vectors, which stays in registers (registers.py)
 
-and one primitive that carries every product: outer(), acc[i, :] += a[i] * b[:]. The lanes run over queries (DESIGN.md
-section 4), so a row of K or V is read as broadcasts and no reduction over lanes is ever needed.
-
-No instruction carries a fast-math flag: an fma is written where one is meant, and NaN and -inf keep their meaning.
+The kernels are plain functions of pointers. The element type travels with a pointer's type, and the number of lanes
+follows from it and from the row of the table that this CPU runs: `lanes(p)` is a number when the kernel is compiled,
+and Numba makes a function anew for each element type that it meets.
 """
 
-import math
 import operator
 import os
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from numba.extending import intrinsic, models, register_model
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
 LLVM_TYPE = {"f32": F32, "f64": F64, "u8": I8, "u16": I16, "i32": I32, "i64": I64}
-NUMBA_TYPE = {
+NUMBA_TYPE: dict[str, types.Type] = {
     "f32": types.float32,
     "f64": types.float64,
     "u8": types.uint8,
@@ -60,7 +58,7 @@ class Row:
 
 
 # mr * nr accumulators + nr operands + 1 broadcast must fit the registers: 32 for AVX-512 and NEON, 16 elsewhere.
-# 8 x 3 beats 6 x 4, 14 x 2, 12 x 2, 4 x 6 and 16 x 1 with AVX-512 (shared/prototypes, 2 FMA units).
+# With AVX-512 and two FMA units 8 x 3 is faster than 6 x 4, 14 x 2, 12 x 2, 4 x 6 and 16 x 1.
 ROWS = {
     "avx512": Row("avx512", 512, 8, 3, True, True),
     "avx2": Row("avx2", 256, 4, 3, True, True),
@@ -173,12 +171,73 @@ f32_ptr, f64_ptr, u8_ptr, u16_ptr, i32_ptr, i64_ptr = (
 )
 
 
+POINTER = {"f32": f32_ptr, "f64": f64_ptr}  # by accumulation type
+
+
 @intrinsic
 def address_of(typingctx, p):
     def codegen(context, builder, sig, args):
         return builder.ptrtoint(args[0], I64)
 
     return types.intp(p), codegen
+
+
+def lanes_of(kind: types.Type) -> int:
+    """Lanes of the vectors of a pointer's element type on this CPU, or of a vector."""
+    return kind.lanes if isinstance(kind, Vec) else ROW.lanes(kind.elem)
+
+
+def _constant_of(name, value, doc):
+    """A function of a pointer that is a number known when the kernel is compiled."""
+
+    @intrinsic
+    def constant(typingctx, p):
+        number = value(p)
+
+        def codegen(context, builder, sig, args):
+            return ir.Constant(I64, number)
+
+        return types.intp(p), codegen
+
+    constant.__name__, constant.__doc__ = name, doc
+    return constant
+
+
+lanes = _constant_of("lanes", lanes_of, "How many elements of p's type a vector holds.")
+itemsize = _constant_of("itemsize", lambda p: BYTES[p.elem], "Bytes of an element.")
+full_width = _constant_of("full_width", lambda p: ROW.nr * lanes_of(p), "Queries of the widest tile.")
+
+
+@intrinsic
+def pointer_like(typingctx, p, address):
+    """The address, an intp or another pointer, as a pointer to p's element type."""
+
+    def codegen(context, builder, sig, args):
+        to = LLVM_TYPE[p.elem].as_pointer()
+        return builder.bitcast(args[1], to) if isinstance(sig.args[1], Ptr) else builder.inttoptr(args[1], to)
+
+    return p(p, address if isinstance(address, Ptr) else types.intp), codegen
+
+
+@intrinsic
+def at_byte(typingctx, p, offset):
+    """p moved by an offset in bytes: how a thread finds a buffer in its scratch memory."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(builder.add(builder.ptrtoint(args[0], I64), args[1]), args[0].type)
+
+    return p(p, types.intp), codegen
+
+
+@intrinsic
+def scalar(typingctx, p, x):
+    """x as a number of p's element type: what it is multiplied with must not become a float64."""
+    number = NUMBA_TYPE[p.elem]
+
+    def codegen(context, builder, sig, args):
+        return args[1]
+
+    return number(p, number), codegen
 
 
 @infer_global(operator.add)
@@ -218,164 +277,7 @@ def _ptr_set(context, builder, sig, args):
     return context.get_dummy_value()
 
 
-# ---------------------------------------------------------------- vectors
-
-
-def _const(vec_ir, value):
-    return ir.Constant(vec_ir, [value] * vec_ir.count)
-
-
-def _splat(builder, vec_ir, scalar):
-    first = builder.insert_element(ir.Constant(vec_ir, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(
-        first, ir.Constant(vec_ir, ir.Undefined), ir.Constant(ir.VectorType(I32, vec_ir.count), [0] * vec_ir.count)
-    )
-
-
-def _at(builder, pointer, vec_ir, offset=0):
-    """pointer + offset elements, as a pointer to a vector."""
-    if offset:
-        pointer = builder.gep(pointer, [ir.Constant(I64, offset)])
-    return builder.bitcast(pointer, vec_ir.as_pointer())
-
-
-def _call(builder, name, ret, args):
-    suffix = f"v{ret.count}f{32 if ret.element == F32 else 64}"
-    fn = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ret, [a.type for a in args]), f"llvm.{name}.{suffix}"
-    )
-    return builder.call(fn, args)
-
-
-def _multiply_add(builder, a, b, c):
-    return _call(builder, "fma", a.type, [a, b, c]) if ROW.fma else builder.fadd(builder.fmul(a, b), c)
-
-
-@intrinsic(prefer_literal=True)
-def load(typingctx, p, lanes):
-    """p[0:lanes] as a vector; unaligned addresses are fine."""
-    vec = Vec(p.elem, lanes.literal_value)
-
-    def codegen(context, builder, sig, args):
-        return builder.load(_at(builder, args[0], vec.ir), align=BYTES[vec.elem])
-
-    return vec(p, lanes), codegen
-
-
-@intrinsic
-def store(typingctx, p, v):
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], _at(builder, args[0], v.ir), align=BYTES[v.elem])
-        return context.get_dummy_value()
-
-    return types.void(p, v), codegen
-
-
-@intrinsic(prefer_literal=True)
-def splat(typingctx, x, lanes):
-    """A scalar in every lane."""
-    elem = {types.float32: "f32", types.float64: "f64", types.int32: "i32", types.int64: "i64"}[types.unliteral(x)]
-    vec = Vec(elem, lanes.literal_value)
-
-    def codegen(context, builder, sig, args):
-        return _splat(builder, vec.ir, args[0])
-
-    return vec(types.unliteral(x), lanes), codegen
-
-
-def _arithmetic(op, name):
-    @infer_global(op)
-    class Typing(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and isinstance(args[0], Vec) and args[0] == args[1]:
-                return signature(args[0], *args)
-
-    @lower_builtin(op, Vec, Vec)
-    def lower(context, builder, sig, args):
-        return getattr(builder, ("f" if sig.return_type.elem[0] == "f" else "") + name)(*args)
-
-
-for _op, _name in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul"), (operator.truediv, "div")):
-    _arithmetic(_op, _name)
-
-
-def _comparison(op, symbol):
-    @infer_global(op)
-    class Typing(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and isinstance(args[0], Vec) and args[0] == args[1]:
-                return signature(Bits(args[0].lanes), *args)
-
-    @lower_builtin(op, Vec, Vec)
-    def lower(context, builder, sig, args):
-        return (builder.fcmp_ordered if sig.args[0].elem[0] == "f" else builder.icmp_signed)(symbol, *args)
-
-
-def _not_equal_typing():
-    @infer_global(operator.ne)
-    class Typing(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and isinstance(args[0], Vec) and args[0] == args[1]:
-                return signature(Bits(args[0].lanes), *args)
-
-
-_not_equal_typing()
-
-
-@lower_builtin(operator.ne, Vec, Vec)
-def _not_equal(context, builder, sig, args):
-    """True where either is NaN."""
-    return builder.fcmp_unordered("!=", *args) if sig.args[0].elem[0] == "f" else builder.icmp_signed("!=", *args)
-
-
-for _op, _symbol in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
-):
-    _comparison(_op, _symbol)
-
-
-@infer_global(operator.and_)
-class _BitsAnd(AbstractTemplate):
-    def generic(self, args, kws):
-        if len(args) == 2 and isinstance(args[0], Bits) and args[0] == args[1]:
-            return signature(args[0], *args)
-
-
-@lower_builtin(operator.and_, Bits, Bits)
-def _bits_and(context, builder, sig, args):
-    return builder.and_(*args)
-
-
-@intrinsic
-def select(typingctx, bits, yes, no):
-    def codegen(context, builder, sig, args):
-        return builder.select(*args)
-
-    return yes(bits, yes, no), codegen
-
-
-@intrinsic
-def maximum(typingctx, x, y):
-    """The larger of each lane; y where x is NaN (a NaN score reaches its row through p, not through the maximum)."""
-
-    def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
-
-    return x(x, y), codegen
-
-
-@intrinsic
-def multiply_add(typingctx, x, y, z):
-    """x * y + z, fused where the CPU can."""
-
-    def codegen(context, builder, sig, args):
-        return _multiply_add(builder, *args)
-
-    return x(x, y, z), codegen
+# ---------------------------------------------------------------- what is done with addresses
 
 
 @intrinsic
@@ -390,348 +292,6 @@ def prefetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
-
-
-@intrinsic
-def any_bit(typingctx, bits):
-    def codegen(context, builder, sig, args):
-        whole = ir.IntType(bits.lanes)
-        return builder.icmp_unsigned("!=", builder.bitcast(args[0], whole), ir.Constant(whole, 0))
-
-    return types.boolean(bits), codegen
-
-
-@intrinsic
-def store_bytes(typingctx, p, bits):
-    """One byte a lane: 255 where the bit is set, 0 elsewhere."""
-
-    def codegen(context, builder, sig, args):
-        bytes_ir = ir.VectorType(I8, bits.lanes)
-        builder.store(builder.sext(args[1], bytes_ir), _at(builder, args[0], bytes_ir), align=1)
-        return context.get_dummy_value()
-
-    return types.void(p, bits), codegen
-
-
-def _bytes_to_bits(builder, p, lanes, offset=0):
-    bytes_ir = ir.VectorType(I8, lanes)
-    return builder.icmp_unsigned(
-        "!=", builder.load(_at(builder, p, bytes_ir, offset), align=1), ir.Constant(bytes_ir, None)
-    )
-
-
-@intrinsic(prefer_literal=True)
-def load_bits(typingctx, p, lanes):
-    """Bits from one byte a lane."""
-    n = lanes.literal_value
-
-    def codegen(context, builder, sig, args):
-        return _bytes_to_bits(builder, args[0], n)
-
-    return Bits(n)(p, lanes), codegen
-
-
-# 2**f for |f| <= 1/2. Float32: minimax, 2e-9 relative before rounding. Float64: Taylor to degree 13, 5e-18.
-EXP2_F32 = (
-    1.535336188319500e-4,
-    1.339887440266574e-3,
-    9.618437357674640e-3,
-    5.550332471162809e-2,
-    2.402264791363012e-1,
-    6.931472028550421e-1,
-    1.0,
-)
-EXP2_F64 = (*(math.log(2.0) ** k / math.factorial(k) for k in range(13, 0, -1)), 1.0)
-
-
-def exp2_constants(elem):
-    """(coefficients from the highest degree down, lowest exponent, mantissa bits)."""
-    return (EXP2_F32, -126.0, 23) if elem == "f32" else (EXP2_F64, -1022.0, 52)
-
-
-@intrinsic
-def exp2(typingctx, x):
-    """2**x for x < 128: exactly 0 below the smallest normal number (-inf too), exactly 1 at 0, NaN stays NaN."""
-
-    def codegen(context, builder, sig, args):
-        vec = x.ir
-        coefficients, lowest, mantissa = exp2_constants(x.elem)
-        magic = _const(vec, 1.5 * 2.0**mantissa)  # adding it rounds to an integer, held in the low bits
-        v = args[0]
-        small = builder.fcmp_ordered("<", v, _const(vec, lowest))
-        if ROW.name != "avx512":
-            v = builder.select(small, _const(vec, lowest), v)
-        shifted = builder.fadd(v, magic)
-        n = builder.fsub(shifted, magic)
-        f = builder.fsub(v, n)
-        p = _const(vec, coefficients[0])
-        for c in coefficients[1:]:
-            p = _multiply_add(builder, p, f, _const(vec, c))
-        if ROW.name == "avx512":  # p * 2**n in one instruction, 0 where the mask says so: 3 fewer than below
-            mask_ir = ir.IntType(x.lanes)
-            kind = "ps" if x.elem == "f32" else "pd"
-            scalef = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(vec, [vec, vec, vec, mask_ir, I32]),
-                f"llvm.x86.avx512.mask.scalef.{kind}.512",
-            )
-            return builder.call(
-                scalef, [p, n, _const(vec, 0.0), builder.not_(builder.bitcast(small, mask_ir)), ir.Constant(I32, 4)]
-            )
-        int_ir = ir.VectorType(I32 if x.elem == "f32" else I64, x.lanes)
-        bias = ir.Constant(int_ir, [2 ** (7 if x.elem == "f32" else 10) - 1] * x.lanes)
-        exponent = builder.shl(
-            builder.add(builder.bitcast(shifted, int_ir), bias), ir.Constant(int_ir, [mantissa] * x.lanes)
-        )
-        return builder.select(small, _const(vec, 0.0), builder.fmul(p, builder.bitcast(exponent, vec)))
-
-    return x(x), codegen
-
-
-# ---------------------------------------------------------------- register tiles
-
-
-@intrinsic(prefer_literal=True)
-def zeros(typingctx, p, lanes, mr, nr):
-    """A tile of zeros of p's element type."""
-    tile = Tile(p.elem, lanes.literal_value, mr.literal_value, nr.literal_value)
-
-    def codegen(context, builder, sig, args):
-        return ir.Constant(tile.ir, None)
-
-    return tile(p, lanes, mr, nr), codegen
-
-
-def _outer(builder, tile, args, visible):
-    acc, a, lda, b = args[:4]
-    lanes, nr = tile.lanes, tile.nr
-    bv = [builder.load(_at(builder, b, tile.vec.ir, j * lanes), align=BYTES[tile.elem]) for j in range(nr)]
-    seen = visible and [_bytes_to_bits(builder, visible, lanes, j * lanes) for j in range(nr)]
-    for i in range(tile.mr):
-        av = _splat(
-            builder,
-            tile.vec.ir,
-            builder.load(builder.gep(a, [builder.mul(lda, ir.Constant(I64, i))]), align=BYTES[tile.elem]),
-        )
-        for j in range(nr):
-            old = builder.extract_value(acc, i * nr + j)
-            new = _multiply_add(builder, av, bv[j], old)
-            acc = builder.insert_value(acc, builder.select(seen[j], new, old) if seen else new, i * nr + j)
-    return acc
-
-
-@intrinsic
-def outer(typingctx, acc, a, lda, b):
-    """acc[i, :] += a[i * lda] * b[:]"""
-
-    def codegen(context, builder, sig, args):
-        return _outer(builder, acc, args, None)
-
-    return acc(acc, a, types.intp, b), codegen
-
-
-@intrinsic
-def outer_visible(typingctx, acc, a, lda, b, visible):
-    """outer() in the lanes whose byte of visible is not 0; the others keep their bits whatever a and b hold.
-
-    LLVM folds the select into a masked FMA (160 against 164 GFLOP/s on AVX-512).
-    """
-
-    def codegen(context, builder, sig, args):
-        return _outer(builder, acc, args, args[4])
-
-    return acc(acc, a, types.intp, b, visible), codegen
-
-
-@intrinsic
-def store_tile(typingctx, acc, c, ldc):
-    """c[i * ldc + :] = acc[i, :]"""
-
-    def codegen(context, builder, sig, args):
-        value, c, ldc = args
-        for i in range(acc.mr):
-            row = builder.gep(c, [builder.mul(ldc, ir.Constant(I64, i))])
-            for j in range(acc.nr):
-                builder.store(
-                    builder.extract_value(value, i * acc.nr + j),
-                    _at(builder, row, acc.vec.ir, j * acc.lanes),
-                    align=BYTES[acc.elem],
-                )
-        return context.get_dummy_value()
-
-    return types.void(acc, c, types.intp), codegen
-
-
-@intrinsic
-def fold_tile(typingctx, acc, c, ldc, alpha, first):
-    """c[i, :] = c[i, :] * alpha[:] + acc[i, :] for i >= first: a block's own sum meets the running one here, once.
-
-    first > 0 is for the last tile of a length that mr does not divide: it overlaps rows that are folded already.
-    """
-
-    def codegen(context, builder, sig, args):
-        value, c, ldc, alpha, first = args
-        vec = acc.vec.ir
-        av = [builder.load(_at(builder, alpha, vec, j * acc.lanes), align=BYTES[acc.elem]) for j in range(acc.nr)]
-        for i in range(acc.mr):
-            with builder.if_then(builder.icmp_signed("<=", first, ir.Constant(I64, i))):
-                row = builder.gep(c, [builder.mul(ldc, ir.Constant(I64, i))])
-                for j in range(acc.nr):
-                    at = _at(builder, row, vec, j * acc.lanes)
-                    new = _multiply_add(
-                        builder,
-                        builder.load(at, align=BYTES[acc.elem]),
-                        av[j],
-                        builder.extract_value(value, i * acc.nr + j),
-                    )
-                    builder.store(new, at, align=BYTES[acc.elem])
-        return context.get_dummy_value()
-
-    return types.void(acc, c, types.intp, alpha, types.intp), codegen
-
-
-# ---------------------------------------------------------------- transposes
-
-
-def _transposed(builder, rows):
-    """The n x n transpose of n vectors of n lanes, log2(n) rounds of two-input shuffles."""
-    n = len(rows)
-    half = n // 2
-    index = ir.VectorType(I32, n)
-    while half:
-        low = ir.Constant(index, [(i if not i & half else n + (i - half)) for i in range(n)])
-        high = ir.Constant(index, [(i + half if not i & half else n + i) for i in range(n)])
-        new = list(rows)
-        for i in range(n):
-            if not i & half:
-                new[i] = builder.shuffle_vector(rows[i], rows[i + half], low)
-                new[i + half] = builder.shuffle_vector(rows[i], rows[i + half], high)
-        rows, half = new, half // 2
-    return rows
-
-
-@intrinsic(prefer_literal=True)
-def transpose_in(typingctx, addresses, offset, dst, ldd, lanes):
-    """dst[c * ldd + r] = (row at addresses[r])[offset + c] for r, c < lanes; offset in elements of dst."""
-    vec = Vec(dst.elem, lanes.literal_value)
-
-    def codegen(context, builder, sig, args):
-        table, offset, dst, ldd, _ = args
-        rows = []
-        for r in range(vec.lanes):
-            base = builder.inttoptr(
-                builder.load(builder.gep(table, [ir.Constant(I64, r)])), LLVM_TYPE[vec.elem].as_pointer()
-            )
-            rows.append(builder.load(_at(builder, builder.gep(base, [offset]), vec.ir), align=1))
-        for c, column in enumerate(_transposed(builder, rows)):
-            builder.store(
-                column,
-                _at(builder, builder.gep(dst, [builder.mul(ldd, ir.Constant(I64, c))]), vec.ir),
-                align=BYTES[vec.elem],
-            )
-        return context.get_dummy_value()
-
-    return types.void(addresses, types.intp, dst, types.intp, lanes), codegen
-
-
-@intrinsic(prefer_literal=True)
-def transpose_out(typingctx, src, lds, factor, addresses, offset, count, lanes):
-    """(row at addresses[r])[offset + c] = src[c * lds + r] * factor[r] for c < lanes and r < min(count, lanes)."""
-    vec = Vec(src.elem, lanes.literal_value)
-
-    def codegen(context, builder, sig, args):
-        src, lds, factor, table, offset, count, _ = args
-        scale = builder.load(_at(builder, factor, vec.ir), align=BYTES[vec.elem])
-        rows = []
-        for c in range(vec.lanes):
-            at = _at(builder, builder.gep(src, [builder.mul(lds, ir.Constant(I64, c))]), vec.ir)
-            product = builder.fmul(builder.load(at, align=BYTES[vec.elem]), scale)
-            rows.append(builder.fadd(product, _const(vec.ir, 0.0)))  # -0 becomes +0: see finish() in forward.py
-        for r, row in enumerate(_transposed(builder, rows)):
-            with builder.if_then(builder.icmp_signed(">", count, ir.Constant(I64, r))):
-                base = builder.inttoptr(
-                    builder.load(builder.gep(table, [ir.Constant(I64, r)])), LLVM_TYPE[vec.elem].as_pointer()
-                )
-                builder.store(row, _at(builder, builder.gep(base, [offset]), vec.ir), align=1)
-        return context.get_dummy_value()
-
-    return types.void(src, types.intp, factor, addresses, types.intp, types.intp, lanes), codegen
-
-
-# ---------------------------------------------------------------- halves, atomics, calls through an address
-
-
-@intrinsic
-def half_to_float(typingctx, x):
-    """The float32 value of float16 bits."""
-
-    def codegen(context, builder, sig, args):
-        if ROW.f16c:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), F32)
-        # integer arithmetic: shift the magnitude into place, rescale by 2**112 (this also normalises subnormals), patch
-        # inf and NaN
-        bits = builder.zext(args[0], I32)
-        c = lambda v: ir.Constant(I32, v)  # noqa: E731
-        magnitude = builder.shl(builder.and_(bits, c(0x7FFF)), c(13))
-        scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, F32), ir.Constant(F32, 2.0**112)), I32)
-        special = builder.or_(magnitude, c(0x7F800000))
-        value = builder.select(builder.icmp_unsigned(">=", magnitude, c(0x7C00 << 13)), special, scaled)
-        return builder.bitcast(builder.or_(value, builder.shl(builder.and_(bits, c(0x8000)), c(16))), F32)
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def float_to_half(typingctx, x):
-    """float16 bits of a float32, rounded to nearest even."""
-
-    def codegen(context, builder, sig, args):
-        if ROW.f16c:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), I16)
-        bits = builder.bitcast(args[0], I32)
-        c = lambda v: ir.Constant(I32, v)  # noqa: E731
-        sign = builder.and_(builder.lshr(bits, c(16)), c(0x8000))
-        magnitude = builder.and_(bits, c(0x7FFFFFFF))
-        # normal range: rebias and round to nearest even on the 13 bits that go
-        odd = builder.and_(builder.lshr(magnitude, c(13)), c(1))
-        normal = builder.lshr(builder.add(builder.sub(magnitude, c(112 << 23)), builder.add(c(0xFFF), odd)), c(13))
-        normal = builder.select(builder.icmp_unsigned(">", normal, c(0x7C00)), c(0x7C00), normal)
-        # subnormal range: adding 0.5 leaves the rounded mantissa in the low bits
-        tiny = builder.sub(
-            builder.bitcast(builder.fadd(builder.bitcast(magnitude, F32), ir.Constant(F32, 0.5)), I32), c(0x3F000000)
-        )
-        value = builder.select(builder.icmp_unsigned("<", magnitude, c(113 << 23)), tiny, normal)
-        nan = builder.or_(c(0x7E00), builder.and_(builder.lshr(magnitude, c(13)), c(0x3FF)))
-        value = builder.select(builder.icmp_unsigned(">", magnitude, c(0x7F800000)), nan, value)
-        value = builder.select(builder.icmp_unsigned("==", magnitude, c(0x7F800000)), c(0x7C00), value)
-        return builder.trunc(builder.or_(value, sign), I16)
-
-    return types.uint16(types.float32), codegen
-
-
-@intrinsic
-def bfloat_to_float(typingctx, x):
-    """The float32 value of bfloat16 bits."""
-
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), F32)
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def float_to_bfloat(typingctx, x):
-    """bfloat16 bits of a float32, rounded to nearest even; NaN stays NaN."""
-
-    def codegen(context, builder, sig, args):
-        bits = builder.bitcast(args[0], I32)
-        c = lambda v: ir.Constant(I32, v)  # noqa: E731
-        odd = builder.and_(builder.lshr(bits, c(16)), c(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(c(0x7FFF), odd)), c(16))
-        nan = builder.or_(builder.lshr(bits, c(16)), c(0x40))
-        return builder.trunc(builder.select(builder.fcmp_unordered("uno", args[0], args[0]), nan, rounded), I16)
-
-    return types.uint16(types.float32), codegen
 
 
 @intrinsic

@@ -10,9 +10,10 @@ import numpy as np
 from numba.core import types
 
 from .. import threads
-from ..backward import RANGES, build, build_delta, key_block, layout, range_keys
+from ..backward import RANGES, Needs, build, key_block, layout, range_keys
 from ..call import tile_rows
 from ..compile import compile_cfunc
+from ..delta import build_delta
 from ..modifiers import tile_function
 from .record import (
     SERIAL_FLOPS,
@@ -225,10 +226,12 @@ def backward(
         dv_dim,
         range_keys(elem, max(qk, dv_dim), call.longest),
         call.head_size if one_by_one < heads else 0,
-        copies,
-        problem.bias is not None,
-        problem.score_mod is not None or problem.softcap != 0.0,
-        problem.dropout_p > 0,
+        Needs(
+            copies=copies,
+            bias=problem.bias is not None,
+            modified=problem.score_mod is not None or problem.softcap != 0.0,
+            drop=problem.dropout_p > 0,
+        ),
     )
     for name, offset in offsets.items():
         record[name] = offset

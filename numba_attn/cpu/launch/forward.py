@@ -149,7 +149,7 @@ def _schedule(sizes: _Sizes, v_dim: int, window: tuple[int, int], bias: bool, ta
     """Work items, tiles and scratch memory; `table` holds the problem's sequences."""
     batch, q_heads, q_len, qk_dim = sizes.q
     _, kv_heads, kv_len, _ = sizes.k
-    sequences = longest_first(np.frombuffer(table, np.int64).reshape(-1, SEQUENCE))
+    sequences = longest_first(np.frombuffer(table, np.int64).reshape(-1, SEQUENCE.itemsize // 8))
     q_lens, k_lens = sequences[:, 2], sequences[:, 4]
     tiles = count_tiles(q_lens, sizes.rows, q_heads // kv_heads)
     n_threads = threads.numba.config.NUMBA_NUM_THREADS

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...mask.shape import OPEN
 from ...online import LOG2E
 from .. import threads
-from ..call import CALL, OPEN, STORAGE, tile_rows
+from ..call import CALL, STORAGE, tile_rows
 from ..modifiers import tile_function
 from ..simd import ROW
 from ..target import aux_table

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...arrays import Array
+from ...mask.shape import OPEN
 from ...online import LOG2E
 from ...userfn import accepted
 from .. import backward, decode, derivatives, forward, modifiers, sums
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 STORAGE = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 OLDEST = (8, 0)  # asynchronous copies and the tensor-core instructions begin here
-OPEN = 2**62  # plan's mark of a window that is open on a side
 MOST_ROWS = 2**32 - 1  # of the result
 MOST_POSITIONS = 2**30  # queries and keys of a sequence are counted in 32 bits inside a tile
 
