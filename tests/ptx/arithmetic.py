@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, types
 from numba.core import cgutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 LANES = 32
@@ -585,8 +586,29 @@ def _jump(typingctx, number, file, result, first, second, third, fourth, lanes):
     return types.void(i32, i64, i32, i32, i32, i32, i32, types.uint32), codegen
 
 
-@njit
-def compute(number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
-    """Row `number` of the table for a warp whose registers begin at the address `file`: operands and result are at
-    these bytes of it, and the lanes are a bit each."""
-    _jump(number, file, result, first, second, third, fourth, lanes)
+def compiled(sources: str) -> CFunc:
+    """`compute`, in Numba's cache on disk by the digest of all sources: it looks at this file alone. Its address is
+    called, so that this much code is optimised once and not again in each function above it."""
+
+    @cfunc("void(int32, int64, int32, int32, int32, int32, int32, uint32)", cache=True)
+    def compute(number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
+        """Row `number` of the table for a warp whose registers begin at the address `file`: operands and result are at
+        these bytes of it, and the lanes are a bit each."""
+        if len(sources):
+            _jump(number, file, result, first, second, third, fourth, lanes)
+
+    return compute
+
+
+@intrinsic
+def compute(typingctx, address, number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
+    """The compiled `compute` at an address."""
+
+    def codegen(context, b, signature, arguments):  # type: ignore[no-untyped-def]
+        address, *rest = arguments
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in rest])
+        b.call(b.inttoptr(address, kind.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    i32, i64 = types.int32, types.int64
+    return types.void(i64, i32, i64, i32, i32, i32, i32, i32, types.uint32), codegen

@@ -27,13 +27,14 @@ ALL = np.int64(0xFFFFFFFF)
 
 class Code(NamedTuple):
     """lowering.Program for compiled code. template: the registers of a warp before it starts. special: places of the
-    special registers in the order of codes.SPECIAL, or -1."""
+    special registers in the order of codes.SPECIAL, or -1. compute: the address of arithmetic.py's function."""
 
     operations: np.ndarray
     blocks: np.ndarray
     pool: np.ndarray
     template: np.ndarray
     special: np.ndarray
+    compute: int
 
 
 class Warps(NamedTuple):
@@ -97,7 +98,7 @@ def operate(code, first, last, lanes, live, file, thread, memory, shadow, copies
                 continue
         op = one.op
         if op == codes.COMPUTE:
-            compute(one.row, file, one.d, one.a, one.b, one.c, one.e, np.uint32(mine))
+            compute(code.compute, one.row, file, one.d, one.a, one.b, one.c, one.e, np.uint32(mine))
         elif op == codes.LOAD:
             load(one, file, mine, thread, memory, shadow, trail.traffic, pool)
         elif op == codes.STORE:
@@ -340,8 +341,8 @@ def resident(code, count, width, threads, warps, memory, shadow, copies, setting
     return copies, steps
 
 
-def _compiled(sources: str):  # type: ignore[no-untyped-def]
-    """`run`, in Numba's cache on disk by the digest of all sources: it looks at this file alone."""
+def compiled(sources: str):  # type: ignore[no-untyped-def]
+    """`run`, kept as arithmetic.compiled has it."""
 
     @njit(cache=True)
     def run(code, order, warps, memory, shadow, copies, settings, trail):  # type: ignore[no-untyped-def]

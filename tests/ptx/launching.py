@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import codes, traffic
+from . import arithmetic, codes, execution, traffic
 from .arithmetic import LANES
 from .errors import Hang, PTXError
-from .execution import Code, Settings, Trail, Warps, _compiled
+from .execution import Code, Settings, Trail, Warps
 from .lowering import Program, lower
 from .memory import Copies, Memory
 from .parser import Kernel, parse
@@ -65,11 +65,13 @@ def watching(steps: float = float("inf")) -> Iterator[Trace]:
 
 
 @functools.cache
-def _run() -> Any:
+def _compiled() -> tuple[Any, int]:
+    """execution.run, and the address of arithmetic.compute."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
-    return _compiled(sources.hexdigest())
+    stamp = sources.hexdigest()
+    return execution.compiled(stamp), arithmetic.compiled(stamp).address
 
 
 def launch(
@@ -218,7 +220,8 @@ class Launch:
             np.zeros(warps.live.size, np.int64), np.zeros((warps.live.size, LANES), np.int64),
         )  # fmt: skip
         code = self._code(values, symbols, dynamic)
-        self.steps = int(_run()(code, order, warps, memory, shadow, copies, settings, trail))
+        run, _ = _compiled()
+        self.steps = int(run(code, order, warps, memory, shadow, copies, settings, trail))
         del kept
         self._tell(memory.fault, shadow.findings, trail, warps, trace, buffers)
         return self
@@ -251,7 +254,7 @@ class Launch:
         for name, place in program.launch.items():
             fill(place, 4 * LANES, known.get(name, 0))
         special = np.array([program.special.get(name, -1) for name in codes.SPECIAL], np.int64)
-        return Code(program.operations, program.blocks, program.pool, template, special)
+        return Code(program.operations, program.blocks, program.pool, template, special, _compiled()[1])
 
     def _warps(self, room: int) -> Warps:
         count = room * self.threads // LANES

@@ -73,12 +73,12 @@ def multiply(one, file, pool):  # type: ignore[no-untyped-def]
         for n in range(4):
             row, column = lane // 4 + 8 * (n // 2), 2 * (lane % 4) + n % 2
             c = as_float32(np.uint32(read32(file + pool[sums + 2 * n] + 4 * lane)))
-            a[row, column] = d[row, column] + np.float64(c)
+            d[row, column] += np.float64(c)
     for lane in range(LANES):  # behind all reads: a result may be an operand
         for n in range(4):
             row, column = lane // 4 + 8 * (n // 2), 2 * (lane % 4) + n % 2
             place, width = pool[one.list + 2 * n], pool[one.list + 2 * n + 1]
-            write32(file + place + width * lane, np.uint64(bits_of_float32(np.float32(a[row, column]))))
+            write32(file + place + width * lane, np.uint64(bits_of_float32(np.float32(d[row, column]))))
 
 
 @njit

@@ -36,6 +36,8 @@ def _row_of(s: Statement) -> str:
     if type_ not in SIZE:
         raise PTXError("not covered")
     others = [f"{type_[0] if type_[0] != 'b' else 'u'}{type_[1:]}", f"b{8 * SIZE[type_]}"]
+    if type_[0] in "ft" or type_.startswith("bf"):  # only what moves bits is the same for floating point
+        others = others[1:] if s.opcode in ("mov", "selp") else []
     for name in (type_, *others):
         found = ".".join([s.opcode, *mods, name])
         if found in NUMBER:
