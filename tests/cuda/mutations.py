@@ -18,215 +18,14 @@ copies that land early and late, and head sizes at which a thread does not read 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
-import shadow
-
-
-@functools.cache
-def emulator() -> ModuleType | None:
-    """ptxemu, which lies beside the repository and not in it, corrected; None where it is absent."""
-    place = Path(__file__).resolve().parents[3] / "shared" / "gpu"
-    if place.is_dir() and str(place) not in sys.path:
-        sys.path.append(str(place))
-    try:
-        import ptxemu
-    except ImportError:
-        return None
-    _correct(ptxemu)
-    return ptxemu
-
-
-def _correct(emu: ModuleType) -> None:
-    """What is wrong or missing in ptxemu, put right in place: it takes no constant for a predicate (`mov.pred %p1, 0`);
-    a warp that closes a cp.async group takes the copies of other warps with it, which only shows when they run in
-    random order; and it looks for races with an atomic operation only after it, not before."""
-    launch = emu.Launch
-    operand, write = launch.rd, launch._race_write
-
-    def rd(self, a, ty):
-        return f"S.const({a != '0'}, np.bool_)" if ty == "pred" and a in ("0", "1", "-1") else operand(self, a, ty)
-
-    def cp_commit(self, lanes):
-        mine = np.zeros(self.T, bool)
-        mine[lanes] = True
-        group, others = [], []
-        for instruction, address, of, values, size in self.cp_open:
-            for kept, chosen in ((group, mine[of]), (others, ~mine[of])):
-                if chosen.any():
-                    kept.append((instruction, address[chosen], of[chosen], values[chosen], size))
-        self.cp_groups.append((mine, group))
-        self.cp_open = others
-
-    def race_write(self, instruction, offset, lanes, nbytes, atomic=False):
-        if getattr(self, "_shadow", None) is not self.s_wt:  # new blocks
-            self._shadow, self.last_atomic = self.s_wt, np.zeros(len(self.s_wt), bool)
-        words = self._words(offset, nbytes)
-        if not atomic:
-            shadow.race_write(self, instruction, offset, lanes, nbytes)
-        else:
-            me, warp = lanes[:, None], self.lane_warp[lanes][:, None]
-            block_epoch = self.bep[self.lane_blk[lanes]][:, None]
-            warp_epoch = self.wep[self.lane_warp[lanes]][:, None]
-
-            def unordered(thread, block_at, warp_at):
-                now = (thread >= 0) & (thread != me) & (block_at == block_epoch)
-                return now & ~((self.lane_warp[np.maximum(thread, 0)] == warp) & (warp_at < warp_epoch))
-
-            wrote = unordered(self.s_wt[words], self.s_wb[words], self.s_ww[words]) & ~self.last_atomic[words]
-            read = unordered(self.s_rt[words], self.s_rb[words], self.s_rw[words])
-            unset = self.s_wt[words] < -1
-            for what, found in (
-                ("RACE shared atomic-after-write", wrote),
-                ("RACE shared atomic-after-read", read),
-                ("UNINITIALISED shared atomic", unset),
-            ):
-                if found.any():
-                    self.hazard(what, instruction, found.any(1).sum())
-            write(self, instruction, offset, lanes, nbytes, atomic)
-        self.last_atomic[words] = atomic
-
-    launch.rd, launch.cp_commit, launch._race_write = rd, cp_commit, race_write
-    launch._race_read, emu.EX.fma64 = shadow.race_read, staticmethod(shadow.fma64)
-    _approximate(emu.EX)
-
-
-def _approximate(functions: Any) -> None:
-    """With approx_noise=n, float32's approximations are wrong at random by about what the PTX manual allows: ex2 by n
-    ulp, rcp by 1 ulp, lg2 by 2**-22, absolute between 1/2 and 2 and relative elsewhere; results below 2**-126 are 0.
-    Taken for exact, which it does not promise: ex2 of integers, rcp and lg2 of powers of two. ptxemu's own noise is in
-    the last bits whatever the number, so that ex2(0) is not 1 and a small number may be NaN.
-    """
-    exact = {name: getattr(functions, name) for name in ("ex2", "rcp", "lg2")}
-
-    def rounded(true, error, certain):
-        with np.errstate(all="ignore"):
-            near, far = true.astype(np.float32), (true + error).astype(np.float32)
-        result = np.where(certain | ~np.isfinite(near) | (near == 0), near, far)
-        return np.where(np.abs(result) < 2.0**-126, np.copysign(np.float32(0), result), result).astype(np.float32)
-
-    def ulps(launch, true, n):
-        with np.errstate(all="ignore"):
-            step = np.spacing(np.abs(true.astype(np.float32))).astype(np.float64)
-        return launch.rng.uniform(-n, n, true.shape) * np.where(np.isfinite(step), step, 0)
-
-    def noisy(name, compute):
-        def function(launch, x, approximate):
-            x = np.asarray(x)
-            if not (approximate and launch.noise and x.dtype == np.float32):
-                return exact[name](launch, x, approximate)
-            with np.errstate(all="ignore"):
-                return compute(launch, x, x.astype(np.float64))
-
-        return staticmethod(function)
-
-    def ex2(launch, x, wide):
-        true = np.exp2(wide)
-        return rounded(true, ulps(launch, true, launch.noise), x == np.round(x))
-
-    def rcp(launch, x, wide):
-        true = 1 / wide
-        return rounded(true, ulps(launch, true, 1), np.abs(np.frexp(x)[0]) == 0.5)
-
-    def lg2(launch, x, wide):
-        true = np.log2(wide)
-        error = launch.rng.uniform(-1, 1, true.shape) * 2.0**-22
-        return rounded(true, np.where((x > 0.5) & (x < 2), error, error * true), np.frexp(x)[0] == 0.5)
-
-    for name, compute in (("ex2", ex2), ("rcp", rcp), ("lg2", lg2)):
-        setattr(functions, name, noisy(name, compute))
-
-
-# ------------------------------------------------------------------------------------------------------ reading the PTX
-
-
-@dataclass(frozen=True)
-class Statement:
-    """One instruction of the kernel's body, with its place in the text (the semicolon included)."""
-
-    start: int
-    end: int
-    line: int
-    guard: str  # "", "@%p1" or "@!%p1"
-    name: str  # the opcode with its modifiers
-    operands: tuple[str, ...]
-
-    @property
-    def opcode(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def mods(self) -> list[str]:
-        return self.name.split(".")[1:]
-
-    @property
-    def type(self) -> str:
-        return self.mods[-1] if self.mods else ""
-
-    def written(self, **changes: Any) -> str:
-        """PTX text of it, with another guard, name or operands."""
-        guard = changes.get("guard", self.guard)
-        operands = ", ".join(changes.get("operands", self.operands))
-        return f"{guard + ' ' if guard else ''}{changes.get('name', self.name)}{' ' + operands if operands else ''};"
-
-
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_SKIP = re.compile(r"\s+|[{}]|[$\w]+:(?!:)|\.loc[^\n]*")
-_BODY = re.compile(r"(?:(@!?%[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
-
-
-def statements(ptx: str, entry: str | None = None) -> list[Statement]:
-    """The instructions of one kernel (the first, where entry is None), inline assembly included."""
-    text = _COMMENT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), ptx)
-    name = re.escape(entry) if entry else r"[\w$]+"
-    head = re.search(rf"\.entry\s+{name}\s*\(", text)
-    if head is None:
-        raise ValueError("no such .entry in this PTX")
-    at = text.index("{", text.index(")", head.end()))
-    depth, end = 0, at
-    for end in range(at, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if not depth:
-            break
-    out = []
-    while at < end:
-        if skip := _SKIP.match(text, at, end):
-            at = skip.end()
-            continue
-        stop = text.find(";", at, end)
-        if stop < 0:
-            break
-        # A directive or an empty statement is no instruction.
-        found = _BODY.fullmatch(text[at:stop].strip())
-        if found and not found[2].startswith("call"):
-            line = text.count("\n", 0, at) + 1
-            out.append(Statement(at, stop + 1, line, found[1] or "", found[2], _operands(found[3])))
-        at = stop + 1
-    return out
-
-
-def _operands(text: str) -> tuple[str, ...]:
-    out, depth, last = [], 0, 0
-    for n, sign in enumerate(text):
-        depth += (sign in "{[(") - (sign in "}])")
-        if sign == "," and not depth:
-            out.append(" ".join(text[last:n].split()))
-            last = n + 1
-    tail = " ".join(text[last:].split())
-    return (*out, tail) if tail else tuple(out)
-
+from ptx import Hang, Launch, PTXError, Statement, parse, statements, watching
 
 # ---------------------------------------------------------------------------------------------------------- the mutants
 
@@ -511,7 +310,6 @@ def draw(ptx: str, rng: np.random.Generator, n: int, kinds: Iterable[str] = KIND
     """n different mutations (fewer where there are not so many), each kind as likely as the others, then each mutation
     of the kind: else an unrolled kernel would have little but exchanged operands of fma. Every one can be parsed."""
     left = {kind: found for kind, found in candidates(ptx, kinds).items() if found}
-    emu = emulator()
     out: list[Mutation] = []
     while left and len(out) < n:
         kind = list(left)[int(rng.integers(len(left)))]
@@ -519,8 +317,7 @@ def draw(ptx: str, rng: np.random.Generator, n: int, kinds: Iterable[str] = KIND
         mutation = found.pop(int(rng.integers(len(found))))
         if not found:
             del left[kind]
-        if emu is not None:
-            emu.Kernel(mutation.apply(ptx))
+        parse(mutation.apply(ptx))
         out.append(mutation)
     return out
 
@@ -531,68 +328,16 @@ CLASSES = ("numbers", "race", "bounds", "uninitialised", "sync", "hang")
 # What the emulator says, by its own words.
 _WORDS = {
     "race": re.compile(r"\bRACE\b"),
-    "bounds": re.compile(r"OUT-OF-BOUNDS|MISALIGNED|WILD|mixed generic|partial cp\.async"),
+    "bounds": re.compile(r"OUT-OF-BOUNDS|MISALIGNED|WILD"),
     "uninitialised": re.compile(r"UNINITIALISED"),
-    "sync": re.compile(r"\bSYNC\b|deadlock|membermask|still pending|exited (?:threads|lane)"),
+    "sync": re.compile(r"\bSYNC\b"),
     "hang": re.compile(r"\bHang\b"),
 }
 
 
-class Hang(RuntimeError):
-    """The kernel ran far longer than the one without the bug."""
-
-
-@dataclass
-class Trace:
-    """What emulated launches did: steps (runs of a basic block), the blocks that ran (kernel, first, end), and the
-    bytes of all global arrays at the end of each launch."""
-
-    steps: int = 0
-    reached: set[tuple[str, int, int]] = field(default_factory=set)
-    results: list[bytes] = field(default_factory=list)
-
-
-@contextmanager
-def watchdog(steps: float = float("inf")) -> Iterator[Trace]:
-    """Watches the emulator, and stops it after so many steps."""
-    emu = emulator()
-    if emu is None:
-        raise RuntimeError("ptxemu is not here")
-    trace = Trace()
-    start, step, release = emu.Launch.__init__, emu.Launch._exec, emu.Launch._release
-
-    def started(self, *args, **options):
-        start(self, *args, **options)
-        digest = hashlib.blake2b()
-        for array in self.bufs:
-            digest.update(b"" if array is None else array)
-        trace.results.append(digest.digest())
-
-    def ran(self, first, end):
-        trace.steps += 1
-        if trace.steps > steps:
-            raise Hang(f"Hang: still running after {steps:.0f} steps")
-        trace.reached.add((self.k.name, first, end))
-
-    def stepped(self, p, sel):
-        ran(self, p, self.blocks[p][0])
-        return step(self, p, sel)
-
-    def released(self, waiting, strict=False):
-        for p in map(int, np.unique(self.pc[waiting])):
-            ran(self, p, p + 1)
-        return release(self, waiting, strict)
-
-    emu.Launch.__init__, emu.Launch._exec, emu.Launch._release = started, stepped, released
-    try:
-        yield trace
-    finally:
-        emu.Launch.__init__, emu.Launch._exec, emu.Launch._release = start, step, release
-
-
-def findings(launch: Any, wrong: str | None = None) -> str | None:
+def findings(launch: Launch, wrong: str | None = None) -> str | None:
     """What a run has to say, for a runner to return: `wrong` if the numbers are, and every message of the checks."""
-    said = [f"{kind} x{count}: {text}" for (kind, text), count in launch.msgs.items()]
+    said = [f"{kind} x{count}: {text}" for (kind, text), count in launch.findings.items()]
     return "\n".join(([f"numbers: {wrong}"] if wrong else []) + said) or None
 
 
@@ -694,17 +439,14 @@ def survivors(
     slack: a mutant that takes so many times the steps of the kernel itself hangs.
     """
     name, places = _places(ptx)
-    emu = emulator()
-    if emu is None:
-        raise RuntimeError("ptxemu is not here")
     runs: Mapping[str, Run] = run if isinstance(run, Mapping) else {"": run}
     traces = {}
     for shape, go in runs.items():
-        with watchdog() as traces[shape]:
+        with watching() as traces[shape]:
             said = go(ptx)
         if said is not None:
             raise ValueError(f"the kernel itself does not pass {shape or 'its problem'}: {said}")
-    reached = {n for t in traces.values() for k, a, b in t.reached if k == name for n in range(a, b)}
+    reached = {n for trace in traces.values() for kernel, n in trace.reached if kernel == name}
     outcomes = []
     for mutation in mutations:
         mutant = mutation.apply(ptx)
@@ -724,20 +466,14 @@ def survivors(
 
 def _places(ptx: str) -> tuple[str, dict[int, int]]:
     """The kernel's name, and the number that the emulator gives to the statement at each place of the text."""
-    emu = emulator()
-    assert emu is not None
-    code, parsed = statements(ptx), emu.Kernel(ptx)
-    if [s.name for s in code] != [".".join([i.op, *i.mods]) for i in parsed.ins]:
-        raise ValueError("the emulator reads other instructions in this PTX")
-    return parsed.name, {s.start: n for n, s in enumerate(code)}
+    kernel = parse(ptx)
+    return kernel.name, {s.start: n for n, s in enumerate(kernel.statements)}
 
 
 def _outcome(mutation: Mutation, go: Run, mutant: str, limit: float, shape: str) -> tuple[Outcome, list[bytes]]:
-    emu = emulator()
-    assert emu is not None
     invalid = stopped = True
     classes: frozenset[str] = frozenset()
-    with watchdog(limit) as trace:
+    with watching(limit) as trace:
         try:
             text = go(mutant) or ""
             classes, invalid, stopped = classify(text) if text else frozenset(), False, False
@@ -747,7 +483,7 @@ def _outcome(mutation: Mutation, go: Run, mutant: str, limit: float, shape: str)
             stopped = "numbers" not in classes
         except Hang as error:
             classes, text, invalid = frozenset(["hang"]), str(error), False
-        except emu.PTXError as error:
+        except PTXError as error:
             # What the checks raise has their words; anything else is code that the emulator cannot run.
             classes, text = classify(str(error)) - {"numbers"}, str(error)
             invalid = not classes

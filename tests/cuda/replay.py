@@ -59,9 +59,9 @@ class Recorder(emulator.EmulatedDevice):
     def launch(
         self, function: driver.Function, grid: int, threads: int, shared: int, params: bytes, stream: int
     ) -> None:
-        before = [None if x is None else x.copy() for x in self.hosts]
+        before = [None if x is None else x.copy() for x in self.buffers]
         super().launch(function, grid, threads, shared, params, stream)
-        after = [None if x is None else x.copy() for x in self.hosts]
+        after = [None if x is None else x.copy() for x in self.buffers]
         ptx = self.texts[id(function)]
         self.recorded.append(Recorded(function.name, ptx, grid, threads, shared, params, before, after))
 
@@ -85,7 +85,6 @@ def replay(one: Recorded, ptx: str, **options: Any) -> tuple[emulator.EmulatedDe
     for x in one.before:
         if x is None:
             device.buffers.append(None)
-            device.hosts.append(None)
         else:
             held.append(device.upload(x, 0))
     try:
@@ -93,7 +92,7 @@ def replay(one: Recorded, ptx: str, **options: Any) -> tuple[emulator.EmulatedDe
     finally:
         if ptx != one.ptx:
             emulator._parsed.pop((ptx, one.name), None)
-    return device, list(device.hosts[: len(one.before)])
+    return device, list(device.buffers[: len(one.before)])
 
 
 def short(name: str) -> str:
@@ -427,9 +426,10 @@ def profile(
         mine = [one for one in device.launches if short(one.name) == wanted]
         one = mine[1 if what == "keys-dv" else 0]
         counts: Counter[tuple[str, str]] = Counter()
-        for key, n in one.stats.items():
-            if len(key) == 4 and key[0] == "shared":
-                counts[_opcode(key[2]), key[3]] += n
+        for access in one.accesses:
+            if access.space == "shared":
+                counts[_opcode(access.text), "wavefronts"] += access.wavefronts
+                counts[_opcode(access.text), "ideal"] += access.ideal
         found.append({key: n / one.grid / (one.threads // 32) for key, n in counts.items()})
     few, many = found
     turns = 1 if what == "decode" else 3

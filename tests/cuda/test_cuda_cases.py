@@ -23,8 +23,6 @@ from defaults import cuda_by_default
 
 from numba_attn.cuda.host import driver
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
-
 # Pairs times head sizes: about a second a million, forward and backward. The largest rows run in their own dtype only.
 LARGEST = 50e6
 SMALL = 0.3e6

@@ -27,7 +27,6 @@ from numba_attn.cuda.host import driver, launch
 from numba_attn.cuda.scores import Features, signature
 from numba_attn.cuda.tiling import choose
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
 KV = decode.KEYS

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
-import emulator
 import numpy as np
 import pytest
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
@@ -28,7 +27,6 @@ try:
 except ImportError:
     BFLOAT16 = None
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 needs_bfloat16 = pytest.mark.skipif(BFLOAT16 is None, reason="no ml_dtypes")
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 19, 21, 8

@@ -2,13 +2,11 @@
 
 import os
 
-import emulator
 import pytest
 from child import run_python
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 pytestmark = [
-    pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing())),
     pytest.mark.processes,
 ]
 

@@ -14,10 +14,6 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 import emulator
-
-if emulator.missing():
-    pytest.skip(str(emulator.missing()), allow_module_level=True)
-
 import numba
 import sass
 import test_dual

@@ -22,13 +22,8 @@ if __name__ == "__main__":
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
-import emulator
 import mutations
 import numpy as np
-
-if emulator.missing():
-    pytest.skip(str(emulator.missing()), allow_module_level=True)
-
 import replay
 
 # (kernel, dtype, seed, mutants)

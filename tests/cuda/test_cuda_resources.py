@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
-import emulator
 import ladder
 import sass
 from ladder import Kernel
@@ -112,7 +111,6 @@ def test_one_compilation_does_for_several_targets(name: str, cc: tuple[int, int]
 
 # --------------------------------------------------------------------------------------------------- bank conflicts
 
-needs_emulator = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 PROFILES = ladder.wavefronts()
 PROFILED = [(target, str(kernel)) for target in ladder.PROFILED.values() for kernel in ladder.profiled()]
 QUICK_PROFILES = [("sm_80", "forward f16 64"), ("sm_90", "forward f32 64")]
@@ -134,7 +132,6 @@ def test_main_loops_have_hardly_any_bank_conflicts(target: str, name: str) -> No
         assert took <= 2 * ideal + 0.01, f"{opcode} outside the loop: {took / ideal:.1f}-way"
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     ("target", "name"),
     [pytest.param(*one, marks=() if one in QUICK_PROFILES else pytest.mark.ladder) for one in PROFILED],

@@ -27,8 +27,6 @@ from numba_attn.cuda import derivatives, modifiers, scores, sums, tiling
 from numba_attn.cuda.compile import kernel_ptx
 from numba_attn.cuda.host import driver, launch
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
-
 SIZES = B, H, SQ, SK = 2, 2, 70, 40  # halves have tiles of 64 keys: SK_HALF
 SK_HALF, D = 67, 16
 AXES = [axes for n in range(4) for axes in itertools.combinations(range(4), n)]  # those that a bias has

@@ -14,8 +14,6 @@ from cases import BY_NAME, build
 import numba_attn as na
 from numba_attn.cuda.host import driver
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
-
 NAMES = ["causal-br-63x203", "gqa-4", "varlen-tiles", "everything"]
 QUICK = NAMES[:1]
 
