@@ -4,12 +4,15 @@ Most of it is decided when Numba is imported, so each test is a process of its o
 numbers.
 """
 
+import compileall
 import os
 import platform
 import shutil
 import stat
 import sys
+import zipfile
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from cases import SIMD_CASES
 from child import IMPORTED_FROM, run_python
 
 pytestmark = pytest.mark.processes
+UNCHECKED = PycInvalidationMode.UNCHECKED_HASH
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -339,6 +343,53 @@ def test_an_edit_of_any_source_file_makes_new_kernels(tmp_path: Path) -> None:
     )
     assert after[0] == "compiled"
     assert after[2] != before[2]
+
+
+def zipped(folder: Path, file: Path) -> Path:
+    """A zip of what is in the folder, with no times in it: two zips differ where the files differ."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix()), path.read_bytes())
+    return file
+
+
+def without_sources(folder: Path) -> None:
+    """Every .py file becomes a .pyc in its place."""
+    assert compileall.compile_dir(folder, quiet=2, legacy=True, force=True, invalidation_mode=UNCHECKED)
+    for source in folder.rglob("*.py"):
+        source.unlink()
+
+
+@pytest.mark.parametrize("form", ["zip", "pyc", "zip of pyc"])
+def test_an_edit_counts_wherever_the_package_lies(form: str, tmp_path: Path) -> None:
+    """A zipapp, Spark's --py-files, an install without sources: as much as in a folder."""
+
+    def packed(name: str, constant: str) -> Path:
+        folder = copied_package(tmp_path / name)
+        edited = folder / "numba_attn" / "online.py"
+        source = edited.read_text()
+        assert "LOG2E = 1.44269" in source
+        edited.write_text(source.replace("LOG2E = 1.44269", constant))
+        if "pyc" in form:
+            without_sources(folder)
+        return zipped(folder, tmp_path / f"{name}.zip") if "zip" in form else folder
+
+    cache = {"NUMBA_ATTN_CACHE_DIR": tmp_path / "cache", "PYTHONDONTWRITEBYTECODE": "1"}
+    before, after = packed("before", "LOG2E = 1.44269"), packed("after", "LOG2E = 1.54269")
+    first = one_call("--right", package=before, **cache)
+    assert first[:2] == ("compiled", 0)
+    assert one_call(package=before, **cache) == ("loaded", 0, first[2])
+    how, warned, result = one_call(package=after, **cache)
+    assert (how, warned) == ("compiled", 0) and result != first[2]
+    code = """
+from numba_attn import cache, demo
+assert len(demo.load_digits()[0]) == 1797
+print(cache.PACKAGE, cache.fingerprint("cpu"), cache.fingerprint("cuda"))
+"""
+    answers = [run_python(code, package=package).stdout.split() for package in (before, after)]
+    assert [Path(answer[0]).parent for answer in answers] == [before, after]
+    assert not set(answers[0]) & set(answers[1]), "the PTX of the GPU's kernels is kept under the other fingerprint"
 
 
 def test_no_writable_folder_costs_only_the_cache(tmp_path: Path) -> None:
