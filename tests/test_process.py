@@ -392,6 +392,21 @@ print(cache.PACKAGE, cache.fingerprint("cpu"), cache.fingerprint("cuda"))
     assert not set(answers[0]) & set(answers[1]), "the PTX of the GPU's kernels is kept under the other fingerprint"
 
 
+def test_a_newer_numba_costs_only_the_cache(tmp_path: Path) -> None:
+    """One that nobody has run the tests with: it is warned of once, and its private cache classes are left alone."""
+    newer = """
+import sys
+from numba_attn.cpu import compile
+compile.NEWEST_TESTED = (0, 1)
+sys.modules["numba_attn.cpu.disk"] = None  # whoever imports it now fails
+"""
+    env: dict[str, str | None] = {"NUMBA_ATTN_CACHE_DIR": str(tmp_path)}
+    done = run_python(newer + ONE_CALL, "--right", env=env)
+    how, warned, _ = done.stdout.splitlines()
+    assert (how, warned) == ("compiled", "1") and "is newer than 0.1, the newest that" in done.stderr
+    assert not any(path.suffix in (".nbi", ".nbc") for path in tmp_path.rglob("*"))
+
+
 def test_no_writable_folder_costs_only_the_cache(tmp_path: Path) -> None:
     """A file stands where each folder would be, which stops root, too."""
     package = copied_package(tmp_path)

@@ -1,24 +1,16 @@
-"""Compiling and caching the entry kernels.
+"""Compiling the entry kernels, or loading them from the cache (disk.py).
 
-Numba's own disk cache keys a kernel by its bytecode: neither constants of other files nor the functions that it calls
-take part, so an edit elsewhere in the package would leave a stale kernel. Here the stamp is a fingerprint of every
-source file of the package, and the SIMD row is part of the file name. With no writable folder, kernels are compiled in
-every process and one warning says so.
-
-The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py
-fails when they change.
+With no writable folder, or a Numba newer than those that were tested, kernels are compiled in every process and one
+warning says so.
 """
 
 import contextlib
 import gc
-import hashlib
 import itertools
-import pickle
 import re
-import sys
 import time
 import warnings
-from pathlib import Path
+from functools import cache
 
 import llvmlite.binding as llvm
 import numba
@@ -32,91 +24,35 @@ from numba.core.registry import cpu_target
 from ..cache import cache_folder, fingerprint
 from .simd import ROW
 
+# The newest minor version of Numba that tests/versions.py passed with. A newer one gets no disk cache.
+NEWEST_TESTED = (0, 68)
+
 # What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the
 # benchmarks print it.
 LOG: list[tuple[str, float, str]] = []
 
 
-class _Locator(caching._CacheLocator):
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._py_file = __file__
-
-    def get_cache_path(self):
-        return self._folder
-
-    def get_source_stamp(self):
-        return fingerprint("cpu")
-
-    def get_disambiguator(self):
-        return ROW.name
-
-
-class _Impl(caching.CompileResultCacheImpl):
-    def __init__(self, py_func, name: str, folder: str):
-        self._locator = _Locator(folder)
-        self._lineno = py_func.__code__.co_firstlineno
-        self._filename_base = self.get_filename_base("numba_attn." + name, getattr(sys, "abiflags", ""))
-
-
-class _File(caching.IndexDataCacheFile):
-    """Machine code with a digest in front: a file that a crash cut short must not be run."""
-
-    def save(self, key, data):
-        super().save(key, (repr(key), self._source_stamp, data))
-
-    def load(self, key):
-        """Only what this very key and these very sources wrote: index and data are two files, which two processes may
-        write in turns."""
-        found = super().load(key)
-        return found[2] if found is not None and found[:2] == (repr(key), self._source_stamp) else None
-
-    def _save_data(self, name, data):
-        data = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as f:
-            f.write(hashlib.sha256(data).digest() + data)
-
-    def _load_data(self, name):
-        data = Path(self._data_path(name)).read_bytes()
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
-            raise ValueError("damaged")
-        return pickle.loads(data[32:])
-
-
-class _Cache(caching.Cache):
-    def __init__(self, py_func, name: str, folder: str):
-        self._name, self._py_func = name, py_func
-        self._impl = _Impl(py_func, name, folder)
-        self._cache_path = folder
-        self._cache_file = _File(folder, self._impl.filename_base, fingerprint("cpu"))
-        self.enable()
-
-    def _index_key(self, sig, codegen):
-        """Signature and target: the sources, closures included, are in the stamp."""
-        return sig, codegen.magic_tuple()
-
-    def load_overload(self, sig, target_context):
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever a damaged file makes pickle raise: compile anew, and write the files anew
-            with contextlib.suppress(OSError):
-                self.flush()
-            return None
-
-    def save_overload(self, sig, data):
-        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone by now
-            super().save_overload(sig, data)
+@cache
+def _tested() -> bool:
+    """Whether this Numba is one whose private classes are known; a warning if not."""
+    if numba.version_info.short <= NEWEST_TESTED:
+        return True
+    warnings.warn(
+        f"numba_attn: Numba {numba.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED))}, the newest that "
+        "numba_attn was tested with, so kernels are not kept on disk but compiled anew in every process (some seconds)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def _cache_for(py_func, name):
-    folder = cache_folder()
-    try:
-        return _Cache(py_func, name, folder) if folder else caching.NullCache()
-    except (AttributeError, TypeError) as error:  # Numba's private classes have changed
-        warnings.warn(
-            f"numba_attn: no kernel cache with Numba {numba.__version__} ({error})", RuntimeWarning, stacklevel=3
-        )
+    folder = cache_folder() if _tested() else None
+    if folder is None:
         return caching.NullCache()
+    from .disk import KernelCache  # here: an untested Numba may lack what it builds on
+
+    return KernelCache(py_func, name, folder)
 
 
 # ---------------------------------------------------------------- inner functions
@@ -130,6 +66,13 @@ class _InnerLibrary(JITCodeLibrary):
     """A library to link from. Should anyone ask for the address of a function in it after all, it is finished then."""
 
     _added = False
+
+    def add_ir_module(self, ir_module):
+        # The attribute is set here and not in LLVM's module, where the llvmlite of Numba before 0.66 misplaces it.
+        for fn in ir_module.functions:
+            if not fn.is_declaration and any(name in fn.name for name in _OUTLINED):
+                fn.attributes.add("noinline")
+        super().add_ir_module(ir_module)
 
     def _optimize_final_module(self):
         pass
@@ -170,8 +113,6 @@ class _KernelLibrary(JITCodeLibrary):
         for fn in self._final_module.functions:
             if not fn.is_declaration and fn.linkage == llvm.Linkage.linkonce_odr:
                 fn.linkage = llvm.Linkage.internal
-                if any(name in fn.name for name in _OUTLINED):
-                    fn.add_function_attribute("noinline")
         super()._optimize_final_module()
 
 
