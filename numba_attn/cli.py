@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -14,17 +15,30 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from numba_attn.terminal import Output, OutputFailed
+
 VARIABLES = ("NUMBA", "OMP_", "KMP_", "TBB_", "MKL_NUM", "OPENBLAS_NUM", "GOMP_")  # what changes speed or threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Bad arguments end with a message and exit status 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Run one command. Bad arguments end with a message and exit status 2, an output that cannot be written with 1."""
+    if sys.stdout is None:  # Python's word for a standard output that was closed before it started
+        print("numba-attn: standard output is closed", file=sys.stderr)
+        return 1
+    output = Output(sys.stdout)
     try:
-        return args.command(args, args.parser)
+        with contextlib.redirect_stdout(output):
+            try:
+                args = _parser().parse_args(argv)
+                return args.command(args, args.parser)
+            finally:
+                output.flush()
     except KeyboardInterrupt:
         return 130
+    except OutputFailed as why:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is left goes there when Python ends
+        print(f"numba-attn: standard output takes no more: {why}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

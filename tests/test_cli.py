@@ -38,6 +38,40 @@ def test_module_is_the_script() -> None:
     assert done.stdout.startswith("usage: numba-attn")
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("arguments", ["info", "--version", "bench --libraries numba_attn " + " ".join(TINY)])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["full", "pipe", "closed"])
+def test_an_output_that_cannot_be_written_is_one_line(output: str, unbuffered: str, arguments: str) -> None:
+    """A full disk, `| head`, `>&-`: no traceback, and none of Python's own last words about standard output."""
+    if output == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    if output == "closed" and os.name != "posix":
+        pytest.skip("no file descriptors here")
+    start = "import os, sys\n"  # the command takes this process's place, with standard output closed or as it is
+    start += "os.close(1)\n" if output == "closed" else ""
+    start += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    if output == "full":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    home = str(Path(numba_attn.__file__).parents[1])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", start, "-m", "numba_attn", *arguments.split()],
+            env={**os.environ, "PYTHONPATH": home, "PYTHONUNBUFFERED": unbuffered},
+            stdout=target,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(target)
+    says = {"full": "takes no more: No space left on device", "pipe": "takes no more: ", "closed": "is closed"}[output]
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"numba-attn: standard output {says}") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_digits_are_recognised() -> None:
     digits = demo.classify_digits()
     assert digits.out.shape == (450, 10) and digits.out.dtype == np.float32

@@ -225,6 +225,36 @@ def test_disabled_jit() -> None:
         assert done.returncode > 0 and "NUMBA_DISABLE_JIT" in done.stderr.strip().splitlines()[-1], done.stderr[-4000:]
 
 
+@POSIX
+@pytest.mark.parametrize("cache", ["empty", "filled"])
+def test_a_working_folder_that_was_deleted(cache: str, warm: tuple[Path, str], tmp_path: Path) -> None:
+    """A service whose folder an upgrade took away: Numba asks for the path of it as it compiles."""
+    code = """
+import os, tempfile
+folder = tempfile.mkdtemp()
+os.chdir(folder)
+os.rmdir(folder)
+import numpy as np
+import numba_attn as na
+q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
+def damped(score, b, h, i, j):
+    return score * 0.5
+def near(b, h, i, j):
+    return abs(i - j) < 9
+for options in ({}, {"score_mod": damped}, {"mask": na.mask_mod(near)}):
+    want = na.reference.attention(q, k, v, **options)
+    out, pullback = na.attention_vjp(q, k, v, **options)
+    assert np.abs(out - want).max() < 1e-5 and np.isfinite(pullback(out).dq).all()
+try:
+    os.getcwd()
+except FileNotFoundError:
+    print("still gone")
+"""
+    folder = warm[0] if cache == "filled" else tmp_path
+    done = run_python(code, env={"NUMBA_ATTN_CACHE_DIR": str(folder)})
+    assert done.stdout == "still gone\n" and not done.stderr
+
+
 # ---- other CPUs ----
 
 SWEEP = """

@@ -7,6 +7,7 @@ warning says so.
 import contextlib
 import gc
 import itertools
+import os
 import re
 import time
 import warnings
@@ -144,6 +145,30 @@ def _inner_libraries(kernel: str):
                 gc.enable()
 
 
+@contextlib.contextmanager
+def _working_folder():
+    """Numba asks for the working folder as it compiles. Where that was deleted the process is lent the root, until the
+    kernel is there; call it with Numba's lock held, so that no thread's folder is taken back under another."""
+    try:
+        os.getcwd()
+        lost = None
+    except FileNotFoundError:
+        try:
+            lost = os.open(".", os.O_RDONLY)
+        except OSError:
+            raise RuntimeError(
+                "numba_attn: the working folder was deleted, and Numba cannot compile without one: "
+                "os.chdir to a folder that exists"
+            ) from None
+        os.chdir("/")
+    try:
+        yield
+    finally:
+        if lost is not None:
+            os.fchdir(lost)
+            os.close(lost)
+
+
 # ---------------------------------------------------------------- entry kernels
 
 
@@ -157,7 +182,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     c = CFunc(py_func, (args, ret), locals={}, options={"nopython": True, "error_model": "numpy"})
     if cached:
         c._cache = _cache_for(py_func, name)
-    with _inner_libraries(py_func.__qualname__):
+    with _inner_libraries(py_func.__qualname__), _working_folder():
         c.compile()
     _KEEP.append(c)
     LOG.append((name, time.perf_counter() - start, "loaded" if c.cache_hits else "compiled"))
@@ -173,7 +198,8 @@ def compile_entry(py_func, signature, name: str, parallel: bool = False):
     start = time.perf_counter()
     dispatcher = njit(nogil=True, parallel=parallel, error_model="numpy")(py_func)
     dispatcher._cache = _cache_for(py_func, name)
-    dispatcher.compile(signature)
+    with global_compiler_lock, _working_folder():
+        dispatcher.compile(signature)
     dispatcher.disable_compile()
     hit = bool(sum(dispatcher.stats.cache_hits.values()))
     LOG.append((name, time.perf_counter() - start, "loaded" if hit else "compiled"))
