@@ -4,7 +4,7 @@
     python -m benchmarks.compare --shapes "tiny 16 x 16" --rounds 1 --dry-run
 
 Each library has a process of its own and they take turns; a time is the median over the rounds, and counts only when
-the rows of the result that are checked agree with dense float64 (numba_attn/bench.py).
+the rows of the result that are checked agree with dense float64 (numba_attn/app/bench.py).
 """
 
 import argparse
@@ -15,8 +15,9 @@ from pathlib import Path
 import numba
 
 import numba_attn
-from numba_attn import bench, cpu
-from numba_attn.terminal import Progress, seconds_text
+from numba_attn import cpu
+from numba_attn.app import bench
+from numba_attn.app.terminal import Progress, seconds_text
 
 from .shapes import SHAPES
 

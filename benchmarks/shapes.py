@@ -1,6 +1,6 @@
 """The named shapes that the asv suite and the README's table time, each with its origin: one list for both."""
 
-from numba_attn.bench import Case
+from numba_attn.app.bench import Case
 
 SHAPES = {
     # name: case. heads, kv_heads, q_len, kv_len, dim; causal is aligned bottom right

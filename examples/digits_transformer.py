@@ -41,7 +41,7 @@ def load_digits(dtype: type = np.float32) -> tuple[Array, Array, Array, Array]:
     The images are those that scikit-learn's train_test_split(images, digits, test_size=0.2, random_state=0) draws. (The
     last 360 of the file are by writers that the others are not by: a harder test, 93 to 94 % after the same training.)
     """
-    file = importlib.resources.files("numba_attn") / "data" / "digits.csv.gz"
+    file = importlib.resources.files("numba_attn.app") / "data" / "digits.csv.gz"
     with file.open("rb") as packed, gzip.open(packed, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.int64)
     table = table[np.random.RandomState(0).permutation(len(table))]

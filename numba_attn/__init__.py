@@ -4,7 +4,7 @@ from . import reference
 from .api import Pullback, attention, attention_backward, attention_jvp, attention_vjp
 from .gradients import Gradients
 from .mask import Mask, causal, intervals, lengths, mask_mod, prefix, segments, varlen, window
-from .score import ScoreMod, score_mod, where
+from .userfn.accepted import ScoreMod, score_mod, where
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from numba_attn.cli import main
+from numba_attn.app.cli import main
 
 sys.exit(main())

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from .arrays import Array, accumulation, plain
+from .options import ArrayT
 from .plan import Problem, bhsd_view, lse_shape, output_shape
 
 
-class Gradients(NamedTuple):
+class Gradients(NamedTuple, Generic[ArrayT]):
     """Gradients of sum(dout * out) + sum(dlse * lse): each has the shape, layout and dtype of its argument.
 
     None for what was not given. daux is a tuple with an entry for each array of aux, None for those that aux_grad does
     not name.
     """
 
-    dq: Array
-    dk: Array
-    dv: Array
-    dbias: Array | None = None
-    dsinks: Array | None = None
-    dalibi_slopes: Array | None = None
-    daux: tuple[Array | None, ...] | None = None
+    dq: ArrayT
+    dk: ArrayT
+    dv: ArrayT
+    dbias: ArrayT | None = None
+    dsinks: ArrayT | None = None
+    dalibi_slopes: ArrayT | None = None
+    daux: tuple[ArrayT | None, ...] | None = None
+
+
+class Backward(NamedTuple):
+    """What a backward pass is given besides the problem: (B, H, S, ...) views of the caller's arrays."""
+
+    out: Array
+    lse: Array
+    dout: Array
+    dlse: Array | None
+    asked: tuple[bool, ...]  # which arrays of aux get a gradient
+
+
+class Tangents(NamedTuple):
+    """A direction: each in its argument's shape, None for zeros. q, k and v are (B, H, S, D) views."""
+
+    q: Array | None
+    k: Array | None
+    v: Array | None
+    bias: Array | None
+    sinks: Array | None
+    slopes: Array | None
+    aux: tuple[Array | None, ...]
 
 
 def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...], name: str = "aux_grad") -> tuple[bool, ...]:
@@ -139,3 +162,8 @@ def check_aux_tangents(aux_dot: Any, aux: tuple[Array, ...]) -> tuple[Array | No
         raise ValueError(f"aux_dot takes a tuple with an array or None for each of the {len(aux)} arrays of aux")
     check_aux_grad([n for n, x in enumerate(aux_dot) if x is not None], aux, "aux_dot")
     return tuple(check_tangent(x, a, f"aux[{n}]") for n, (x, a) in enumerate(zip(aux_dot, aux, strict=True)))
+
+
+def in_dtypes(daux: tuple[Array | None, ...], aux: Any) -> tuple[Array | None, ...]:
+    """Each gradient in the dtype of its array."""
+    return tuple(None if d is None else d.astype(a.dtype, copy=False) for d, a in zip(daux, aux, strict=True))

@@ -10,29 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from .arrays import Array, accumulation, integer, plain, real
-from .mask import (
-    OPEN,
-    Causal,
-    Mask,
-    Pairs,
-    Part,
-    Shape,
-    ambiguous,
-    aux_arrays,
-    bool_pairs,
-    check_align,
-    check_window,
-    lower,
-    over_pairs,
-    unused_align,
-    whole_rows,
-)
-from .score import ScoreMod, check_function
+from .mask.constructors import Mask, check_window
+from .mask.lowering import ambiguous, lower, unused_align, whole_rows
+from .mask.parts import Causal, Pairs, Part
+from .mask.shape import OPEN, Shape, bool_pairs, check_align, over_pairs
+from .options import DEFAULTS, Options
+from .userfn.accepted import ScoreMod, aux_arrays, check_function
 
 __all__ = ["OPEN", "Problem", "check_out", "in_layout", "lse_shape", "output_shape", "resolve"]
 
@@ -106,26 +94,7 @@ class Problem:
         return int(self.v.shape[3])
 
 
-def resolve(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: Any = False,
-    window: Any = None,
-    align: Any = None,
-    mask: Any = None,
-    bias: Any = None,
-    scale: Any = None,
-    softcap: Any = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    score_mod: Any = None,
-    aux: Any = (),
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-    layout: Any = "bhsd",
-) -> Problem:
+def resolve(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Problem:
     """Check the arguments of `attention` and say what they mean.
 
     Raises
@@ -133,54 +102,23 @@ def resolve(
     TypeError, ValueError
         For everything that is not as `attention` says, naming the argument, what was given and what is accepted.
     """
-    q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
-    dtype = q.dtype
-    acc = accumulation(dtype, "q")
-    if k.dtype != dtype or v.dtype != dtype:
-        raise _dtypes_differ(q, k, v)
-    if type(layout) is not str or layout != "bhsd":
-        q, k, v = _to_bhsd(q, layout, "q"), _to_bhsd(k, layout, "k"), _to_bhsd(v, layout, "v")
-    elif not q.ndim == k.ndim == v.ndim == 4:
-        for x, name in ((q, "q"), (k, "k"), (v, "v")):
-            _to_bhsd(x, layout, name)
+    given: dict[str, Any] = {**DEFAULTS, **options} if options else DEFAULTS
+    (
+        causal, window, align, mask, bias, scale, softcap, alibi_slopes, sinks, score_mod, aux, dropout_p, seed, layout,
+    ) = given.values()  # fmt: skip
+    q, k, v, dtype, acc = _checked_arrays(q, k, v, layout)
     batch, q_heads, q_len, qk_dim = q.shape
-    k_batch, kv_heads, kv_len, k_dim = k.shape
-    if (
-        k_batch != batch
-        or k_dim != qk_dim
-        or v.shape[:3] != k.shape[:3]
-        or not kv_heads
-        or q_heads % kv_heads
-        or not q_heads
-        or not qk_dim
-    ):
-        raise _sizes_differ(q, k, v, layout)
-
-    if scale is None:
-        scale = 1.0 / math.sqrt(qk_dim)
-    else:
-        scale = _finite(scale, "scale", acc, "a finite float (1 / sqrt(Dk) if left out)")
-    if softcap is None:
-        softcap = 0.0
-    else:
-        takes = "a finite float > 0, or None for no softcap"
-        softcap = _finite(softcap, "softcap", acc, takes)
-        with np.errstate(over="ignore"):
-            usable = acc(softcap) > 0 and np.isfinite(acc(1.0 / softcap))
-        if not usable:
-            raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
-    if causal is not False and causal is not True:
-        if not isinstance(causal, np.bool_):
-            raise TypeError(
-                f"causal is {causal!r}; it takes a bool (which way it is aligned goes to align=, a Mask to mask=)"
-            )
-        causal = bool(causal)
+    kv_len = k.shape[2]
+    scale = _scale(scale, qk_dim, acc)
+    softcap = 0.0 if softcap is None else _softcap(softcap, acc)
+    causal = _causal(causal)
 
     shape = None  # made where something is asked of it
+    low = None
     if mask is None and window is None and alibi_slopes is None and align is None:
         if causal and q_len != kv_len and q_len and kv_len and batch:
             raise ambiguous("causal", q_len, kv_len)
-        slopes, low = None, None
+        slopes = None
         masks: tuple[Array, ...] = ()
         left, right, rows = OPEN, 0 if causal else OPEN, whole_rows(batch, q_len, kv_len, 0)
     else:
@@ -191,18 +129,13 @@ def resolve(
             low = lower(keyword_parts(causal, window, mask), align, shape, slopes is not None)
             left, right, rows, masks = low.left, low.right, low.sequences, low.masks
         else:
-            low = None
             left, right, offset = _band(causal, window, align, shape, slopes is not None)
             rows = whole_rows(batch, q_len, kv_len, offset)
             masks = () if mask is None else (over_pairs(bool_pairs(mask, "mask"), "mask", shape),)
     if bias is not None:
         bias = over_pairs(_bias(bias), "bias", shape or Shape(batch, q_heads, q_len, kv_len, _LAYOUTS[layout][1]))
     if sinks is not None:
-        sinks = _in_acc(sinks, "sinks", acc)
-        if sinks.shape != (q_heads,):
-            raise ValueError(
-                f"sinks has shape {sinks.shape}; it takes one logit for each query head, (Hq,) = ({q_heads},)"
-            )
+        sinks = _sinks(sinks, q_heads, acc)
     if score_mod is not None:
         aux = _check_score_mod(score_mod, aux)
     elif type(aux) is not tuple or aux:
@@ -212,15 +145,73 @@ def resolve(
     else:
         seed = 0
 
-    if low is None:
-        return Problem(
-            q, k, v, layout, dtype, acc, scale, softcap, left, right, False, rows, None, None, (), masks, (),
-            bias, slopes, sinks, score_mod, aux, dropout_p, seed,
-        )  # fmt: skip
-    return Problem(
-        q, k, v, layout, dtype, acc, scale, softcap, left, right, low.has_prefix, rows, low.start, low.end,
-        low.segments, masks, low.mask_mods, bias, slopes, sinks, score_mod, aux, dropout_p, seed,
+    bounds = (False, rows, None, None, ()) if low is None else (
+        low.has_prefix, rows, low.start, low.end, low.segments
     )  # fmt: skip
+    return Problem(
+        q, k, v, layout, dtype, acc, scale, softcap, left, right, *bounds, masks, () if low is None else low.mask_mods,
+        bias, slopes, sinks, score_mod, aux, dropout_p, seed,
+    )  # fmt: skip
+
+
+def _checked_arrays(q: Any, k: Any, v: Any, layout: Any) -> tuple[Array, Array, Array, np.dtype[Any], type]:
+    """q, k and v as (B, H, S, D) views that fit each other, their dtype and the one of sums."""
+    q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
+    dtype = q.dtype
+    acc = accumulation(dtype, "q")
+    if k.dtype != dtype or v.dtype != dtype:
+        raise _dtypes_differ(q, k, v)
+    if type(layout) is not str or layout != "bhsd":
+        q, k, v = _to_bhsd(q, layout, "q"), _to_bhsd(k, layout, "k"), _to_bhsd(v, layout, "v")
+    elif not q.ndim == k.ndim == v.ndim == 4:
+        for x, name in ((q, "q"), (k, "k"), (v, "v")):
+            _to_bhsd(x, layout, name)
+    batch, q_heads, _, qk_dim = q.shape
+    k_batch, kv_heads, _, k_dim = k.shape
+    if (
+        k_batch != batch
+        or k_dim != qk_dim
+        or v.shape[:3] != k.shape[:3]
+        or not kv_heads
+        or q_heads % kv_heads
+        or not q_heads
+        or not qk_dim
+    ):
+        raise _sizes_differ(q, k, v, layout)
+    return q, k, v, dtype, acc
+
+
+def _scale(scale: Any, qk_dim: int, acc: type) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(qk_dim)
+    return _finite(scale, "scale", acc, "a finite float (1 / sqrt(Dk) if left out)")
+
+
+def _softcap(softcap: Any, acc: type) -> float:
+    takes = "a finite float > 0, or None for no softcap"
+    softcap = _finite(softcap, "softcap", acc, takes)
+    with np.errstate(over="ignore"):
+        usable = acc(softcap) > 0 and np.isfinite(acc(1.0 / softcap))
+    if not usable:
+        raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
+    return float(softcap)
+
+
+def _causal(causal: Any) -> bool:
+    if causal is False or causal is True:
+        return causal
+    if not isinstance(causal, np.bool_):
+        raise TypeError(
+            f"causal is {causal!r}; it takes a bool (which way it is aligned goes to align=, a Mask to mask=)"
+        )
+    return bool(causal)
+
+
+def _sinks(sinks: Any, q_heads: int, acc: type) -> Array:
+    sinks = _in_acc(sinks, "sinks", acc)
+    if sinks.shape != (q_heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; it takes one logit for each query head, (Hq,) = ({q_heads},)")
+    return sinks
 
 
 def _band(causal: bool, window: Any, align: str | int | None, shape: Shape, alibi: bool) -> tuple[int, int, int]:

@@ -13,41 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from .arrays import Array
-from .dual import Differentiated, differentiated, differentiated_by_hand
 from .gradients import Gradients, check_aux_grad, check_aux_tangents, check_cotangents, check_tangent
-from .mask import Align, Part, Shape, check_align, dense, over_pairs, positions, widened
+from .mask.parts import Part, dense, positions
+from .mask.shape import Align, Shape, check_align, over_pairs
+from .options import Options, check_names, documented
 from .plan import Problem, bhsd_view, in_layout, keyword_parts, resolve
-from .score import ScoreMod, plain_function
+from .userfn.accepted import ScoreMod, plain_function, widened
+from .userfn.derivative import Differentiated, differentiated, differentiated_by_hand
 
 INF = np.inf
 
 
-def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
-    mask: Any = None,
-    bias: Any = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    score_mod: Any = None,
-    aux: Any = (),
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    layout: str = "bhsd",
-    return_lse: bool = False,
-) -> Any:
+@documented(Options)
+def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, **options: Unpack[Options]) -> Any:
     """What `numba_attn.attention` computes, from the formulas, in float64.
 
     For each query i of query head h (which reads the keys and values of head h // (Hq // Hkv)) and each visible key j::
@@ -69,10 +52,9 @@ def attention(
     ----------
     q : (B, Hq, Sq, Dk), k : (B, Hkv, Sk, Dk), v : (B, Hkv, Sk, Dv)
         Arrays of float64, float32, float16 or bfloat16, which here may be mixed. Shapes are for layout="bhsd".
-    causal, window, align, mask, bias, scale, softcap, alibi_slopes, sinks, score_mod, aux, dropout_p, seed, layout
-        As in `numba_attn.attention`. User functions are called from Python, a pair at a time, with float64 scores.
     return_lse : bool
         Return (out, lse).
+    {options}
 
     Returns
     -------
@@ -93,33 +75,18 @@ def attention(
     >>> reference.attention(q, q, v, causal=True).ravel()  # equal scores: the mean of what each query sees
     array([1., 2.])
     """
-    call = _resolved(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        align=align,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        aux=aux,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
+    check_names(options, attention)
+    layout, score_mod = options.get("layout", "bhsd"), options.get("score_mod")
+    call = _resolved(q, k, v, **options)
     out, lse = _empty_results(call.problem)
     for head in _heads(call, _plain_score_mod(score_mod)):
         out[head.b, head.h], lse[head.b, head.h] = head.out, head.lse
     return _in_layout((out, lse), layout) if return_lse else _in_layout(out, layout)
 
 
+@documented(Options)
 def attention_backward(
-    dout: Any, q: Any, k: Any, v: Any, *, dlse: Any = None, aux_grad: Any = (), **options: Any
+    dout: Any, q: Any, k: Any, v: Any, *, dlse: Any = None, aux_grad: Any = (), **options: Unpack[Options]
 ) -> Gradients:
     """The gradients of sum(dout * out) + sum(dlse * lse), from the formulas, in float64.
 
@@ -145,7 +112,8 @@ def attention_backward(
 
     Of a pair that is not visible nothing is read, and a row that sees nothing has ds = 0: its dout is ignored, and its
     dlse reaches the sink alone, unless its query is in no sequence. A non-finite number in a visible pair makes
-    what it feeds non-finite.
+    what it feeds non-finite. The derivative of score_mod is its own grad, or is found by dual numbers
+    (`numba_attn.userfn.derivative`).
 
     Parameters
     ----------
@@ -155,9 +123,7 @@ def attention_backward(
     dlse : lse's shape, optional
     aux_grad : tuple of ints
         Positions in aux of the arrays whose gradient is wanted.
-    **options
-        `attention`'s keywords, all but return_lse. The derivative of score_mod is its own grad, or is found by dual
-        numbers (`numba_attn.dual`).
+    {options}
 
     Returns
     -------
@@ -179,6 +145,8 @@ def attention_backward(
     >>> reference.attention_backward(np.ones_like(v), q, q, v, causal=True).dv.ravel()  # the sums of the weights
     array([1.5, 0.5])
     """
+    check_names(options, attention_backward)
+    given: Any = options
     call = _resolved(q, k, v, **options)
     problem, scale, layout = call.problem, call.problem.scale, call.problem.layout
     dout, dlse = check_cotangents(problem, _float64(dout), _float64(dlse))
@@ -216,13 +184,14 @@ def attention_backward(
         dq=_in_layout(dq, layout),
         dk=_in_layout(dk, layout),
         dv=_in_layout(dv, layout),
-        dbias=None if dbias is None else _summed_to(dbias, np.shape(options["bias"])),
+        dbias=None if dbias is None else _summed_to(dbias, np.shape(given["bias"])),
         dsinks=dsinks,
-        dalibi_slopes=None if dslopes is None else dslopes.reshape(np.shape(options["alibi_slopes"])),
+        dalibi_slopes=None if dslopes is None else dslopes.reshape(np.shape(given["alibi_slopes"])),
         daux=daux or None,
     )
 
 
+@documented(Options)
 def attention_jvp(
     q: Any,
     k: Any,
@@ -236,7 +205,7 @@ def attention_jvp(
     alibi_slopes_dot: Any = None,
     aux_dot: Any = None,
     return_lse: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Any:
     """`attention` and its derivative in a direction (a Jacobian-vector product, forward mode), in float64.
 
@@ -264,8 +233,7 @@ def attention_jvp(
         An array or None for each array of aux.
     return_lse : bool
         Return lse and its derivative, too.
-    **options
-        `attention`'s keywords.
+    {options}
 
     Returns
     -------
@@ -287,6 +255,7 @@ def attention_jvp(
     >>> out_dot.ravel()  # weights add up to one
     array([1., 1.])
     """
+    check_names(options, attention_jvp)
     call = _resolved(q, k, v, **options)
     problem, layout = call.problem, call.problem.layout
     q_dot, k_dot, v_dot = (
@@ -347,21 +316,12 @@ class _Call:
     shape: Shape
 
 
-def _resolved(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: Any = False,
-    window: Any = None,
-    align: Any = None,
-    mask: Any = None,
-    **options: Any,
-) -> _Call:
+def _resolved(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> _Call:
     q, k, v = _float64(q), _float64(k), _float64(v)
-    problem = resolve(q, k, v, causal=causal, window=window, align=align, mask=mask, **options)
+    problem = resolve(q, k, v, **options)
     shape = Shape(problem.batch, problem.q_heads, problem.q_len, problem.kv_len, 4 - np.ndim(q))
-    return _Call(problem, keyword_parts(bool(causal), window, mask), check_align(align, "align"), shape)
+    parts = keyword_parts(bool(options.get("causal", False)), options.get("window"), options.get("mask"))
+    return _Call(problem, parts, check_align(options.get("align"), "align"), shape)
 
 
 def _float64(x: Any) -> Any:

@@ -1,7 +1,8 @@
 """Dense attention in a precision of the caller's choice: the yardstick of the accuracy tests.
 
-The float64 reference says what is right; this says how far plain NumPy in the kernel's own precision lands from it,
-which is what the kernels are held to (at most twice as far). It reads the resolved `Problem`, where the reference
+The float64 reference says what is right; this says how far dense arithmetic in the kernel's own precision lands from
+it, which is what the kernels are held to (at most twice as far). No BLAS takes part: the order of every sum is written
+here, so that the yardstick is the same on every CPU. It reads the resolved `Problem`, where the reference
 reads the arguments, so the two also check each other. In long double it is the truth that float64 results are
 measured against.
 """
@@ -60,6 +61,46 @@ def everywhere(fn: Any, *arrays: np.ndarray, aux: tuple[np.ndarray, ...], dtype:
     return out
 
 
+BLOCK = 64  # terms of a sum that are added up before they meet the running sum
+
+
+def product(a: np.ndarray, b: np.ndarray, block: int = BLOCK) -> np.ndarray:
+    """a @ b in a fixed order of summation: term by term in blocks, each from zero, then block by block.
+
+    A BLAS sums in an order of its own for every CPU, with or without fused multiply-adds. Multiplications and additions
+    of whole arrays are rounded to nearest, one after the other, on every CPU, so that the yardstick is one number. Its
+    order is that of the kernels in length: as many roundings as a block has terms, then one for each block. The scores,
+    sums over a head's dimensions, are one chain there: `dots`.
+    """
+    shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    whole = np.zeros((*shape, a.shape[-2], b.shape[-1]), a.dtype)
+    for first in range(0, a.shape[-1], block):
+        part = np.zeros_like(whole)
+        for n in range(first, min(first + block, a.shape[-1])):
+            part += a[..., :, n, None] * b[..., None, n, :]
+        whole += part
+    return whole
+
+
+def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a[i] . b[j] for rows i and j, one chain of additions each."""
+    return product(a, b.swapaxes(-1, -2), max(1, a.shape[-1]))
+
+
+def total(x: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """x.sum(axis) in the same order."""
+    axes = {n % x.ndim for n in ((axis,) if isinstance(axis, int) else axis)}
+    kept = [n for n in range(x.ndim) if n not in axes]
+    terms = math.prod(x.shape[n] for n in axes)
+    rows = x.transpose(*kept, *sorted(axes)).reshape(*(x.shape[n] for n in kept), terms)
+    return product(rows[..., None, :], np.ones((terms, 1), x.dtype))[..., 0, 0]
+
+
+def exponential(x: np.ndarray) -> np.ndarray:
+    """exp(x), rounded once to x's dtype: NumPy's own float32 exp differs from CPU to CPU."""
+    return np.exp(x.astype(np.float64)).astype(x.dtype) if x.dtype == np.float32 else np.exp(x)
+
+
 def attention(
     dtype: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, weights_dtype: Any = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +122,7 @@ def attention(
     for fn, aux in p.mask_mods:
         seen &= everywhere(fn, b, h, i, j, aux=aux, dtype=np.dtype(bool))
 
-    s = qc @ kc.swapaxes(-1, -2) * t(p.scale)
+    s = dots(qc, kc) * t(p.scale)
     if p.softcap:
         s = t(p.softcap) * np.tanh(s / t(p.softcap))
     if p.bias is not None:
@@ -103,19 +144,19 @@ def attention(
         sink[~np.broadcast_to(covered, sink.shape)] = -np.inf
         m = np.maximum(m, sink)
     m[np.isneginf(m)] = 0
-    e = np.exp(s - m)
-    total = e.sum(axis=-1, keepdims=True, dtype=dtype)
+    e = exponential(s - m)
+    denominator = total(e, -1)[..., None]
     if sink is not None:
-        total = total + np.exp(sink - m)
+        denominator = denominator + exponential(sink - m)
     with np.errstate(divide="ignore"):
-        lse = (m + np.log(total))[..., 0]
-    weights = e / np.where(total == 0, t(1), total)
+        lse = (m + np.log(denominator))[..., 0]
+    weights = e / np.where(denominator == 0, t(1), denominator)
     if p.dropout_p:
         keep = reference.dropout_keep(p)
         weights = np.where(keep, weights / t(1 - p.dropout_p), t(0))
     if weights_dtype is not None:
         weights = weights.astype(weights_dtype).astype(dtype)
-    return weights @ vc, lse
+    return product(weights, vc), lse
 
 
 def truth(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +192,7 @@ def backward(
     out, lse = attention(dtype, q, k, v, **options)
     out = out.astype(p.dtype).astype(dtype)
     do = plan.bhsd_view(dout, p.layout).astype(dtype)
-    s = t(p.scale) * (qc @ kc.swapaxes(-1, -2))
+    s = t(p.scale) * dots(qc, kc)
     curve = np.ones_like(s)
     if p.softcap:
         tanh = np.tanh(s / t(p.softcap))
@@ -164,13 +205,13 @@ def backward(
     if p.slopes is not None:
         s = s - p.slopes[:, :, None, None].astype(dtype) * distance
     with np.errstate(all="ignore"):
-        weights = np.where(seen, np.exp(s - lse[..., None]), t(0))
+        weights = np.where(seen, exponential(s - lse[..., None]), t(0))
     keep = t(1)
     if p.dropout_p:
         keep = np.where(reference.dropout_keep(p), t(1) / t(1 - p.dropout_p), t(0))
-    dp = keep * (do @ vc.swapaxes(-1, -2))
+    dp = keep * dots(do, vc)
     empty = ~seen.any(-1)
-    delta = np.where(empty, t(0), (do * out).sum(-1, dtype=dtype))
+    delta = np.where(empty, t(0), total(do * out, -1))
     if dlse is not None:
         delta = delta - plan.bhsd_view(dlse[..., None], p.layout)[..., 0].astype(dtype)
     ds = weights * (dp - delta[..., None])
@@ -181,7 +222,7 @@ def backward(
         found[name] = gradient, float(np.max(sizes, initial=0.0))
 
     def by_group(x: np.ndarray) -> np.ndarray:
-        return x.reshape(p.batch, p.kv_heads, group, *x.shape[2:]).sum(2, dtype=dtype)
+        return total(x.reshape(p.batch, p.kv_heads, group, *x.shape[2:]), 2)
 
     if p.bias is not None:
         shape = options["bias"].shape
@@ -189,20 +230,20 @@ def backward(
     if p.slopes is not None:
         shape = options["alibi_slopes"].shape
         over = (2, 3) if len(shape) == 2 else (0, 2, 3)
-        add("dalibi_slopes", -(ds * distance).sum(over, dtype=dtype), (size * distance).sum(over))
+        add("dalibi_slopes", -total(ds * distance, over), (size * distance).sum(over))
     if p.sinks is not None:
         with np.errstate(all="ignore"):
             weight = np.where(np.isneginf(lse), t(0), np.exp(p.sinks[:, None].astype(dtype) - lse))
-        add("dsinks", -(weight * delta).sum((0, 2), dtype=dtype), (weight * np.abs(delta)).sum((0, 2)))
+        add("dsinks", -total(weight * delta, (0, 2)), (weight * np.abs(delta)).sum((0, 2)))
     ds, size = ds * curve * t(p.scale), np.abs(size * curve * t(p.scale))
     if weights_dtype is not None:
         ds = ds.astype(weights_dtype).astype(dtype)
-    add("dq", ds @ kc, size @ np.abs(kc))
-    add("dk", by_group(ds.swapaxes(-1, -2) @ qc), by_group(size.swapaxes(-1, -2) @ np.abs(qc)))
+    add("dq", product(ds, kc), size @ np.abs(kc))
+    add("dk", by_group(product(ds.swapaxes(-1, -2), qc)), by_group(size.swapaxes(-1, -2) @ np.abs(qc)))
     weights = weights * keep
     if weights_dtype is not None:
         weights = weights.astype(weights_dtype).astype(dtype)
-    add("dv", by_group(weights.swapaxes(-1, -2) @ do), by_group(weights.swapaxes(-1, -2) @ np.abs(do)))
+    add("dv", by_group(product(weights.swapaxes(-1, -2), do)), by_group(weights.swapaxes(-1, -2) @ np.abs(do)))
     return found
 
 
@@ -224,4 +265,4 @@ def visible(p: plan.Problem) -> np.ndarray:
 def summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """(B, H, Sq, Sk) summed over what an array of `shape` was broadcast along."""
     axes = tuple(n for n, size in enumerate((1,) * (4 - len(shape)) + shape) if size == 1)
-    return x.sum(axis=axes, keepdims=True, dtype=x.dtype).reshape(shape)
+    return total(x, axes).reshape(shape)

@@ -1,5 +1,5 @@
-"""Every feature against the float64 reference, by one rule: finite first, then at most twice as far off as dense NumPy
-of the same precision, with a floor of one rounding.
+"""Every feature against the float64 reference, by one rule: finite first, then no further off than dense arithmetic of
+the same precision in a fixed order of summation (naive.py) allows, with a floor of one rounding.
 
 The rule is `check`. It is used on the table of cases, on every kind of stride, on the lengths and numbers that expose a
 running sum, and on problems that hypothesis draws.
@@ -106,8 +106,10 @@ def rms(x: np.ndarray) -> float:
 
 
 def near(x: np.ndarray, want: np.ndarray, yardstick: np.ndarray, what: str, eps: float, floor: float = 0.0) -> None:
-    """x is finite where `want` is and equal where it is not. Its largest error is at most twice the yardstick's, `eps`
-    times the largest number and the absolute floor. Where there are many numbers the root mean square error, which luck
+    """x is finite where `want` is and equal where it is not. Its largest error is at most four times the yardstick's,
+    `eps` times the largest number and the absolute floor: the largest of many errors of one size is 2.5 to 5 of their
+    standard deviations, so that two such sets differ by up to two, and the kernels round what the yardstick does not,
+    the query's product with scale and log2(e). Where there are many numbers the root mean square error, which luck
     moves less and which is then far below the floor, is at most three times the yardstick's."""
     assert x.shape == want.shape, f"{what} has shape {x.shape}, the reference {want.shape}"
     x, yardstick = x.astype(want.dtype), yardstick.astype(want.dtype)
@@ -117,10 +119,10 @@ def near(x: np.ndarray, want: np.ndarray, yardstick: np.ndarray, what: str, eps:
     lost = ok & ~np.isfinite(x)
     assert not lost.any(), f"{what}: {lost.sum()} elements are not finite, first at {first(lost)}"
     error, naive_error = (np.abs(np.where(ok, y, 0) - np.where(ok, want, 0)) for y in (x, yardstick))
-    for measure, factor, absolute in ((largest, 2, floor), (rms, 3, 0.0)) if x.size > 64 else ((largest, 2, floor),):
+    for measure, factor, absolute in ((largest, 4, floor), (rms, 3, 0.0)) if x.size > 64 else ((largest, 4, floor),):
         allowed = factor * measure(naive_error) + eps * measure(want) + absolute + UNDERFLOW
         assert measure(error) <= allowed, (
-            f"{what}: {measure.__name__} error {measure(error):.3g}, allowed {allowed:.3g}, dense NumPy's is "
+            f"{what}: {measure.__name__} error {measure(error):.3g}, allowed {allowed:.3g}, the yardstick's is "
             f"{measure(naive_error):.3g}; the largest is at {first(error == error.max())}"
         )
 

@@ -821,8 +821,8 @@ def guarded_sweep(edge: str, form_name: str, first_one: int) -> None:
     from guard import guarded, guarded_rows
     from test_memory import guard_cases, shut_in
 
-    from numba_attn import api
-    from numba_attn.cpu import launch_backward
+    from numba_attn import dispatch
+    from numba_attn.cpu.launch import backward as launch_backward
 
     form = {"packed": guarded, "rows": guarded_rows}[form_name]
 
@@ -841,9 +841,9 @@ def guarded_sweep(edge: str, form_name: str, first_one: int) -> None:
         fenced = {name: shut_in(value, form, edge) for name, value in options.items()}
         given_ = [form(x, edge) for x in (dout, *arrays, out)]
         rows = [form(x, edge) if x.ndim > 1 else guarded(x, edge) for x in (lse, dlse)]
-        api.np, launch_backward.np = edged, packed
+        dispatch.np, launch_backward.np = edged, packed
         got = na.attention_backward(*given_, rows[0], dlse=rows[1], aux_grad=aux_grad, **fenced)
-        api.np = launch_backward.np = np
+        dispatch.np = launch_backward.np = np
         try:
             same(got, want)
         except AssertionError as error:

@@ -215,7 +215,7 @@ def digest(case: Case) -> str:
 def threaded_digests() -> str:
     """One line a case: digests of its gradients. Twice, with sums of pairs in as many copies as the kernels like, and
     in fewer."""
-    from numba_attn.cpu import launch_backward
+    from numba_attn.cpu.launch import backward as launch_backward
 
     lines = [f"{case.name}: {digest(case)}" for case in THREADED]
     most = launch_backward.MOST_SUMS
@@ -249,7 +249,7 @@ def test_fewer_copies_of_sums_are_right() -> None:
     """The three ways to add up a gradient that pairs share."""
     from test_backward import check
 
-    from numba_attn.cpu import launch_backward
+    from numba_attn.cpu.launch import backward as launch_backward
 
     most = launch_backward.MOST_SUMS
     try:

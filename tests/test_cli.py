@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import numba_attn
-from numba_attn import bench, cli, demo
-from numba_attn.cuda import driver
-from numba_attn.terminal import Progress, bytes_text, seconds_text, table
+from numba_attn.app import bench, cli, demo
+from numba_attn.app.terminal import Progress, bytes_text, seconds_text, table
+from numba_attn.cuda.host import driver
 
 TINY = ["--heads", "2", "--kv-heads", "1", "--q-len", "33", "--dim", "16", "--rounds", "1", "--seconds", "0.01"]
 

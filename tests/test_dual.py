@@ -12,8 +12,9 @@ from test_modifiers import FUNCTIONS, PER_HEAD, TABLE
 
 import numba_attn as na
 from numba_attn.cpu.compile import LOG
-from numba_attn.cpu.modifiers import aux_table, tile_function
-from numba_attn.score import plain_function
+from numba_attn.cpu.modifiers import tile_function
+from numba_attn.cpu.target import aux_table
+from numba_attn.userfn.accepted import plain_function
 
 KEYS, LANES, B, H, I, J = 7, 9, 1, 2, 4, 6  # a tile of queries 4 to 12 and keys 6 to 12
 STRIDE = LANES + 3

@@ -482,20 +482,3 @@ def test_numpy_bools_are_told_apart():
     for causal in (np.True_, np.False_, True, np.False_, np.True_):
         got = numba_attn.attention(q, k, v, causal=causal)
         np.testing.assert_allclose(got, numba_attn.reference.attention(q, k, v, causal=bool(causal)), atol=1e-13)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"tf32": True}, ValueError, "tf32 is True, but the arrays are in host memory"),
-        ({"tf32": 1}, TypeError, "tf32 is 1; it takes a bool"),
-        ({"tf32": None}, TypeError, "tf32 is None; it takes a bool"),
-    ],
-)
-def test_tf32_is_a_gpus(options, error, message):
-    q = np.zeros((1, 1, 2, 4), np.float32)
-    for call in (numba_attn.attention, numba_attn.attention_vjp):
-        with pytest.raises(error, match=message):
-            call(q, q, q, **options)
-    with pytest.raises(error, match=message):
-        numba_attn.attention_backward(q, q, q, q, q, np.zeros((1, 1, 2), np.float32), **options)

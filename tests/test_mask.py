@@ -299,7 +299,6 @@ def test_what_kernels_read_of_plain_calls():
 
 
 def test_mask_mod():
-    pytest.importorskip("numba_attn.score")
 
     def same(b, h, i, j, colour):
         return colour[b, i] == colour[b, j] and h == 1

@@ -129,7 +129,6 @@ def test_against_loops(name):
     loops = {key: x for _, given in both.values() for key, x in given.items()}
     both["all"] = options, loops | {"visible": mask & (j <= i + 3) & (i + 3 - 1 <= j)}
     if name in ("score_mod", "all"):
-        pytest.importorskip("numba_attn.score")
 
         def mod(s, b, h, i, j):
             return s * 0.5 - (b + h) * abs(i - j) * 0.25
@@ -201,7 +200,6 @@ def test_a_mask_is_a_bias_of_minus_infinity():
     m[1, 1, 1] = False
     want = attention(q, k, v, mask=m, return_lse=True)
     close(attention(q, k, v, bias=np.where(m, 0.0, -INF), return_lse=True), want)
-    pytest.importorskip("numba_attn.score")
     got = attention(q, k, v, score_mod=lambda s, b, h, i, j, m: s if m[b, h, i, j] else -INF, aux=(m,), return_lse=True)
     close(got, want)
 
@@ -322,7 +320,6 @@ def test_a_number_that_is_not_finite_shows_in_its_rows_and_only_there(bad, optio
 
 
 def test_score_mod_is_called_with_array_indices_and_only_for_what_is_seen():
-    pytest.importorskip("numba_attn.score")
     q, k, v = data(batch=1, heads=(2, 1), q_len=3, kv_len=4)
     calls = set()
 
@@ -335,7 +332,6 @@ def test_score_mod_is_called_with_array_indices_and_only_for_what_is_seen():
 
 
 def test_aux_of_narrow_types_is_computed_in_wide_ones():
-    pytest.importorskip("numba_attn.score")
     q, k, v = data(batch=1, heads=(1, 1))
     table = np.random.default_rng(1).standard_normal(7).astype(np.float32)
     got = attention(q, k, v, score_mod=lambda s, b, h, i, j, t: s + t[j] * 0.1, aux=(table,))

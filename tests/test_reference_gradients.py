@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_attn as na
-from numba_attn import dual, reference
-from numba_attn.dual import differentiated
+from numba_attn import reference
 from numba_attn.gradients import Gradients, check_cotangents
 from numba_attn.plan import resolve
 from numba_attn.reference import attention, attention_backward, attention_jvp
+from numba_attn.userfn import derivative
+from numba_attn.userfn.derivative import differentiated
 
 INF = math.inf
 RNG = np.random.default_rng(12)
@@ -718,7 +719,7 @@ def test_names_of_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def outer(x):
         square = lambda y: y * np.exp(0 * y) * y  # noqa: E731
-        return where(x > 0, inner(x) + na.score.where(x < 0, 0.0, square(x)), 0.0)
+        return where(x > 0, inner(x) + na.userfn.accepted.where(x < 0, 0.0, square(x)), 0.0)
 
     def power(x, n):
         return x * power(x, n - 1) if n else 1.0
@@ -753,4 +754,4 @@ def test_one_element_read_twice() -> None:
 
 def test_examples_in_docstrings() -> None:
     assert doctest.testmod(reference).failed == 0
-    assert doctest.testmod(dual).failed == 0
+    assert doctest.testmod(derivative).failed == 0

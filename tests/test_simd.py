@@ -9,8 +9,8 @@ import pytest
 from numba import njit
 
 from numba_attn.cpu import simd
-from numba_attn.cpu.modifiers import MATH
 from numba_attn.cpu.simd import ROW, f32_ptr, f64_ptr, i64_ptr, u8_ptr
+from numba_attn.cpu.target import MATH
 from numba_attn.online import merge, numpy_online
 
 ELEMS = {"f32": (np.float32, f32_ptr), "f64": (np.float64, f64_ptr)}

@@ -14,7 +14,6 @@ from ..philox import build as build_philox
 from . import tiles
 from .call import OPEN
 from .compile import inner, outlined
-from .modifiers import MATH
 from .simd import (
     address_of,
     any_bit,
@@ -30,6 +29,7 @@ from .simd import (
     store_bytes,
     u8_ptr,
 )
+from .target import MATH
 
 TILE_INFO = 8  # counts in a tile's table
 NONE, ALL, SOME = 0, 1, 2  # visible pairs of a tile with a block of keys

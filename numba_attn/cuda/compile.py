@@ -40,7 +40,7 @@ from numba.cuda.typing.templates import (
 )
 
 from ..cache import cache_folder, fingerprint
-from .driver import INSTALL
+from . import INSTALL
 
 __all__ = [
     "AbstractTemplate",

@@ -2,7 +2,7 @@
 
 CUDA has no function pointers, so a user's function is compiled into the kernel: the functions here return plain Python
 functions of scalars, which the kernel's code for a tile calls once an element (`context.compile_internal`). What a
-score, an index or a dual number is, is shared with the CPU (score_types.py, dual_types.py, aux_types.py).
+score, an index or a dual number is, is shared with the CPU (scalar_types.py, dual_types.py, aux_types.py).
 
 The plain functions take (score, b, h, i, j, table). The score is a float of the accumulation type in natural units; b,
 h, i and j are array indices, int32, from 0 on and inside the arrays, which the kernel sees to. The table is a UniTuple
@@ -23,9 +23,9 @@ import numba
 import numpy as np
 from llvmlite import ir
 
-from .. import aux_types, dual_types, score, score_types
-from ..functions import I64, Math, names, power64
-from ..score_types import FLOAT
+from ..userfn import accepted, aux_types, dual_types, scalar_types
+from ..userfn.scalar_types import FLOAT
+from ..userfn.transcendental import I64, Math, names, power64
 from .compile import (
     AbstractTemplate,
     ConfigStack,
@@ -120,7 +120,7 @@ NAMES = names(device, intrinsic, multiply_add)
 # libdevice's pow of float64 is a true call, which no kernel should have
 POWER = {"f32": device(lambda x, y: libdevice.powf(x, y)), "f64": power64(NAMES)}
 MATH = {elem: Math(elem, NAMES, POWER[elem], wide_sine=False) for elem in FLOAT}
-TARGET = score_types.Target(
+TARGET = scalar_types.Target(
     register_model=register_model,
     models=core_models,
     infer_global=infer_global,
@@ -152,7 +152,7 @@ def _element(elem: str, dtype: Any) -> Any:
     return dtype if dtype == types.uint64 else SCORES.Index(elem)
 
 
-SCORES = score_types.build(TARGET)
+SCORES = scalar_types.build(TARGET)
 DUALS = dual_types.build(TARGET, SCORES)
 AUX = aux_types.build(TARGET, SCORES, DUALS, _element)
 
@@ -260,7 +260,7 @@ FOLDABLE = _foldable_math()
 def user_function(fn: Any) -> Any:
     """A user's function as a device function. So are the @njit functions that it calls, which would be device functions
     of numba-cuda."""
-    return device(_rebuilt(score.plain_function(fn), {}))
+    return device(_rebuilt(accepted.plain_function(fn), {}))
 
 
 def _rebuilt(fn: FunctionType, known: dict[int, Any]) -> FunctionType:
@@ -312,8 +312,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
 def cached(kind: str, mod: Any, elem: str, aux: Sequence[np.ndarray], more: Any, build: Callable[[], Any]) -> Any:
     """One function object for all user functions that are the same, so that it can be a part of a kernel's key."""
-    grad = mod.grad if isinstance(mod, score.ScoreMod) and kind not in ("score", "mask") else None
-    functions = score.identity(score.plain_function(mod)), grad and score.identity(grad)
+    grad = mod.grad if isinstance(mod, accepted.ScoreMod) and kind not in ("score", "mask") else None
+    functions = accepted.identity(accepted.plain_function(mod)), grad and accepted.identity(grad)
     key = (kind, elem, functions, tuple((a.dtype, a.ndim) for a in aux), more)
     if key not in _FUNCTIONS:
         _FUNCTIONS[key] = build()
@@ -386,7 +386,7 @@ def slope_function(mod: Any, elem: str, aux: Sequence[np.ndarray]) -> Callable[.
     TypeError
         If the function cannot be differentiated, or its gradient not be compiled.
     """
-    of = _slope_by_hand if isinstance(mod, score.ScoreMod) and mod.grad is not None else _slope_of_duals
+    of = _slope_by_hand if isinstance(mod, accepted.ScoreMod) and mod.grad is not None else _slope_of_duals
     return cached("slope", mod, elem, aux, None, lambda: of(mod, elem, aux))
 
 

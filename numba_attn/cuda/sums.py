@@ -9,7 +9,7 @@ the problem's shape alone, and their sums are added in order by a second kernel.
     bias       (B or 1, Hq or 1, Sq or 1, Sk or 1)   dS, where at least one axis is broadcast
     slopes     (B or 1, Hq)                          rows' parts, which the kernel of dQ leaves
     sinks      (Hq,)                                 -exp(sink - lse) delta
-    aux        any shape                             by dual.py's integers, which may be added in any order
+    aux        any shape                             by derivatives.py's integers, which may be added in any order
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llvmlite import ir
 from . import tile
 from .backward import EXTRA, _stats_loader, _step, _weights
 from .compile import inline, intrinsic, libdevice, types
-from .dual import CELLS, HEADER, AuxFunctions, total_function
+from .derivatives import CELLS, HEADER, AuxFunctions, total_function
 from .rows import loaders
 from .scores import (
     HIGH,
@@ -455,8 +455,8 @@ def with_score(mod: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
-    """aux(call, reals): adds what each pair gives to the arrays of aux, by dual.py's functions. f.score_mod is one of
-    `with_score`. Fields: aux_fields.
+    """aux(call, reals): adds what each pair gives to the arrays of aux, by the functions of derivatives.py. f.score_mod
+    is one of `with_score`. Fields: aux_fields.
 
     Scores and dS go through shared memory: a function that may be long is then in a loop, and not once for every
     element of a tile. A thread goes along a row, and the threads of a warp are never in the same column or on the same

@@ -23,7 +23,7 @@ from typing import Any
 import mutations
 import numpy as np
 
-from numba_attn.cuda import arrays, driver
+from numba_attn.cuda.host import arrays, driver
 
 ptxemu: Any = mutations.emulator()
 

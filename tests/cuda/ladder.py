@@ -127,7 +127,8 @@ class Built:
 
 def built(kernel: Kernel, cc: CC) -> Built | None:
     """The kernel as launch.py makes it on such a device; None where it has no tile there."""
-    from numba_attn.cuda import backward, decode, dual, forward, launch, modifiers, sums, tiling
+    from numba_attn.cuda import backward, decode, derivatives, forward, modifiers, sums, tiling
+    from numba_attn.cuda.host import launch
     from numba_attn.cuda.scores import Features, signature
 
     storage = "f32" if kernel.dtype == "tf32" else kernel.dtype
@@ -196,7 +197,7 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         mod = sums.with_score(modifiers.mod_function(t5, acc, aux))
         table = len(modifiers.aux_numbers([(0, a.shape, a.strides) for a in aux]))
         f = replace(f, score_mod=mod, score_table=table, extra=sums.aux_fields(1))
-        return tiled("sums", sums.build_aux, sums.memory_aux, f, dual.aux_functions(t5, acc, aux, (True,)))
+        return tiled("sums", sums.build_aux, sums.memory_aux, f, derivatives.aux_functions(t5, acc, aux, (True,)))
     raise ValueError(f"no kernel {kernel}")
 
 

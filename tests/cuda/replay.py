@@ -19,7 +19,8 @@ import emulator
 import numpy as np
 
 import numba_attn as na
-from numba_attn.cuda import arrays, backward, convert, driver, forward, launch, tiling
+from numba_attn.cuda import backward, forward, tiling
+from numba_attn.cuda.host import arrays, convert, driver, launch
 
 MEMORY = {
     "forward": forward.memory, "decode": forward.memory,
@@ -419,7 +420,7 @@ def profile(
         q, dout = (rng.standard_normal((1, heads, shape[0], dim)).astype(numpy_type) for _ in range(2))
         k, v = (rng.standard_normal((1, 1, shape[1], dim)).astype(numpy_type) for _ in range(2))
         with recording(cc, profile=True, async_late=False) as device:
-            _, pullback = na.attention_vjp(q, k, v, backend="cuda", tf32=tf32)
+            _, pullback = na.attention_vjp(q, k, v, backend="cuda", precision="tf32" if tf32 else "ieee")
             if what not in ("forward", "decode"):
                 pullback(dout)
         wanted = "forward" if what == "decode" else name

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
 
-from numba_attn.cuda import arrays, driver
+from numba_attn.cuda.host import arrays, driver
 
 try:
     import ml_dtypes

@@ -21,7 +21,7 @@ import test_backward
 from cases import CASES, DTYPES, Case, build, given, seed_of
 from defaults import cuda_by_default
 
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 

@@ -21,8 +21,9 @@ from cases import DTYPES, Case, bias, bool_mask, build, everything, given, lengt
 
 import numba_attn as na
 from numba_attn import plan
-from numba_attn.cuda import decode, driver, forward, launch
+from numba_attn.cuda import decode, forward
 from numba_attn.cuda.compile import cuda as numba_cuda
+from numba_attn.cuda.host import driver, launch
 from numba_attn.cuda.scores import Features, signature
 from numba_attn.cuda.tiling import choose
 

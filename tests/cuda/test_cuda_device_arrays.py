@@ -15,11 +15,11 @@ import pytest
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
 
 import numba_attn as na
-from numba_attn.cuda import arrays, driver
+from numba_attn.cuda.host import arrays, driver
 
 pytest.importorskip("numba_cuda")
 
-from numba_attn.cuda import launch, on_device
+from numba_attn.cuda.host import launch, on_device
 
 try:
     import ml_dtypes
@@ -360,7 +360,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])
 def test_nothing_is_read_on_the_host(device, monkeypatch, name, dtype, view, q_dtype, kind):
     """What the kernels are launched with are arrays on the device, in the type that they take."""
-    launch = pytest.importorskip("numba_attn.cuda.launch")
+    launch = pytest.importorskip("numba_attn.cuda.host.launch")
     given = LAYOUTS[view](random(*SHAPES[name]).astype(NAMES[dtype]))
     more = {"score_mod": lambda s, b, h, i, j, t: s + t[0, 0]} if name == "aux" else {}
     more |= {"align": 0} if name == "alibi_slopes" else {}
@@ -714,8 +714,8 @@ def test_no_device(device, monkeypatch):
     monkeypatch.setattr(driver, "_replacement", None)
     monkeypatch.setattr(driver, "_driver", None)
     monkeypatch.setattr(driver.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delattr("numba_attn.cuda.launch", raising=False)
-    monkeypatch.setitem(sys.modules, "numba_attn.cuda.launch", None)
+    monkeypatch.delattr("numba_attn.cuda.host.launch", raising=False)
+    monkeypatch.setitem(sys.modules, "numba_attn.cuda.host.launch", None)
     q, k, v = given
     lse = InterfaceArray(device, random(B, HQ, SQ))
     for call in (na.attention, na.attention_vjp, lambda *_: na.attention_backward(q, q, k, v, q, lse)):
@@ -741,7 +741,7 @@ def test_numpy_needs_nothing_of_this():
 
 
 def test_converted(device):
-    convert = pytest.importorskip("numba_attn.cuda.convert")
+    convert = pytest.importorskip("numba_attn.cuda.host.convert")
     x = random(3, 4, 5, 6, dtype=np.float64)
     dtypes = [np.dtype(name) for name in ("f8", "f4", "f2")] + ([BFLOAT16] if BFLOAT16 else [])
     for source in dtypes:
@@ -984,7 +984,7 @@ def test_calls_that_are_not_alike(device):
     calls = [
         (there, {}), (there, {"causal": True, "align": 0}), (there, {"causal": True, "align": 1}),
         (there, {"window": (2, 2), "align": 0}), (there, {"scale": 1.0}), (there, {"softcap": 2.0}),
-        (there, {"return_lse": True}), (there, {"tf32": True}),
+        (there, {"return_lse": True}), (there, {"precision": "tf32"}),
         ((even, k, v), {}), ((odd, k, v), {}),
         ((on(device, qkv()[0].astype(np.float64)), *(on(device, x.astype(np.float64)) for x in qkv()[1:])), {}),
     ]  # fmt: skip
@@ -994,8 +994,8 @@ def test_calls_that_are_not_alike(device):
             assert len(on_device._PLAIN) == n + 1
     with pytest.raises(TypeError, match=r"^causal is 1"):
         na.attention(*there, causal=1)
-    with pytest.raises(ValueError, match="tf32 is True and q has dtype float64"):
-        na.attention(*calls[-1][0], tf32=True)
+    with pytest.raises(ValueError, match="precision is 'tf32' and q has dtype float64"):
+        na.attention(*calls[-1][0], precision="tf32")
     with pytest.raises(ValueError, match=r"^scale is nan"):
         na.attention(*there, scale=float("nan"))
     for options in (

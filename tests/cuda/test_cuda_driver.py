@@ -21,7 +21,7 @@ import sass
 from child import run_python
 from emulator import EmulatedDevice
 
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 try:
     from numba_attn.cuda import compile as cuda_compile
@@ -316,7 +316,7 @@ def test_import_is_light():
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name in ('numba_cuda', 'cuda'): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Hide())\n"
-        "import numba_attn.cuda.arrays, numba_attn.cuda.driver as driver\n"
+        "import numba_attn.cuda.host.arrays, numba_attn.cuda.host.driver as driver\n"
         "driver.importlib.util.find_spec = lambda name: None\n"
         "print('cuda.bindings' in sys.modules, driver.missing())"
     )
@@ -331,7 +331,7 @@ def test_numbas_simulator_is_refused():
         "import os, sys\n"
         "sys.path.insert(0, os.path.join(sys.argv[1], 'cuda'))\n"
         "import emulator, numpy as np, numba_attn as na\n"
-        "from numba_attn.cuda import driver\n"
+        "from numba_attn.cuda.host import driver\n"
         "q = np.zeros((1, 1, 4, 8), np.float32)\n"
         "na.attention(q, q, q)\n"
         "try:\n"
@@ -873,7 +873,7 @@ int cuGetProcAddress(const char *name, void **f, int version, P flags) {
 THROUGH_BINDINGS = """
 import struct, sys
 import numpy as np
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 def say(*words):
     print(*words, flush=True)

@@ -1,5 +1,5 @@
 """Users' functions compiled for CUDA, run in an emulator of PTX: values against Python in float64, derivatives against
-the dual numbers of numba_attn/dual.py."""
+the dual numbers of numba_attn/userfn/derivative.py."""
 
 import importlib.util
 import math
@@ -24,10 +24,10 @@ import test_dual
 from test_dual import CASES, LONG, MORE, SMALL
 
 import numba_attn as na
-from numba_attn.cuda import dual, modifiers
+from numba_attn.cuda import derivatives, modifiers
 from numba_attn.cuda.compile import cuda, intrinsic, types
-from numba_attn.dual import differentiated, differentiated_by_hand
-from numba_attn.score import plain_function
+from numba_attn.userfn.accepted import plain_function
+from numba_attn.userfn.derivative import differentiated, differentiated_by_hand
 
 KEYS, QUERIES, B, H, I, J = 8, 32, 1, 2, 4, 6  # a tile of queries 4 to 35 and keys 6 to 13
 BLOCKS = 2  # of a thread for each query, which goes through its share of the keys
@@ -145,7 +145,7 @@ def evaluated(fn: Any, s: np.ndarray, elem: str, aux: tuple[Any, ...]) -> tuple[
 
 def exact(fn: Any, s: np.ndarray, aux: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Values and slopes in Python."""
-    by_hand = isinstance(fn, na.score.ScoreMod) and fn.grad is not None
+    by_hand = isinstance(fn, na.ScoreMod) and fn.grad is not None
     of = differentiated_by_hand(fn, (False,) * len(aux)) if by_hand else differentiated(fn)
     both = np.empty((2, *s.shape))
     for j, i in np.ndindex(*s.shape):
@@ -363,7 +363,7 @@ def test_a_mask_mod_that_cannot_be_compiled_says_so(fn: Callable[..., Any]) -> N
 
 def test_derivatives_that_cannot_be_compiled_say_so() -> None:
     whole = lambda s, b, h, i, j, t: s + t[1:3].sum()  # noqa: E731
-    for aux_or_slope in (modifiers.slope_function, lambda *a: dual.aux_functions(*a, (True,))):
+    for aux_or_slope in (modifiers.slope_function, lambda *a: derivatives.aux_functions(*a, (True,))):
         with pytest.raises(TypeError, match=r"score_mod: .* na\.score_mod\(fn, grad=\.\.\.\)"):
             aux_or_slope(whole, "f64", (LONG,))
         with pytest.raises(TypeError, match="score_mod: the function and its grad could not be compiled"):
@@ -372,7 +372,7 @@ def test_derivatives_that_cannot_be_compiled_say_so() -> None:
     for grad in (lambda s, b, h, i, j, t, u: t[j], lambda s, b, h, i, j, t, u: (t[j], s)):
         mod = na.score_mod(lambda s, b, h, i, j, t, u: s * t[j] + u[i], grad=grad)
         with pytest.raises(ValueError, match=r"score_mod: .*aux\[1\].*leave grad out"):
-            dual.aux_functions(mod, "f64", (LONG, LONG), (False, True))
+            derivatives.aux_functions(mod, "f64", (LONG, LONG), (False, True))
         modifiers.slope_function(mod, "f64", (LONG, LONG))  # which does not need it
 
 
@@ -436,8 +436,8 @@ def test_every_target(cc: tuple[int, int]) -> None:
 def aux_kernel(fn: Any, elem: str, aux: tuple[Any, ...], asked: tuple[bool, ...], cc: tuple[int, int] = (8, 0)) -> str:
     """(scores, weights, table, sums)"""
     real, table, count = REAL[elem], table_type(aux), sum(asked)
-    sums, pending = types.UniTuple(types.int64, 2 + count), types.UniTuple(types.int64, dual.PENDING * count)
-    functions = dual.aux_functions(fn, elem, aux, asked)
+    sums, pending = types.UniTuple(types.int64, 2 + count), types.UniTuple(types.int64, derivatives.PENDING * count)
+    functions = derivatives.aux_functions(fn, elem, aux, asked)
     start = calling(functions.start, pending, (sums,))
     add = calling(functions.add, pending, (real, *INDICES, table, real, sums, pending))
     flush = calling(functions.flush, types.void, (sums, pending))
@@ -459,18 +459,18 @@ def summed(
     """The gradients of the arrays that are asked for, and their buffers, after both stages."""
     asked = tuple(a.dtype.kind == "f" for a in aux) if asked is None else asked
     wanted = [a for a, yes in zip(aux, asked, strict=True) if yes]
-    limb = dual.limb_bits(s.size)
+    limb = derivatives.limb_bits(s.size)
     ptx, device = aux_kernel(fn, elem, aux, asked), Device(**options)
     table = device.aux_numbers(aux)
-    buffers = [np.zeros(dual.buffer_size(a.size), np.int64) for a in wanted]
+    buffers = [np.zeros(derivatives.buffer_size(a.size), np.int64) for a in wanted]
     for stage in (0, 1):
-        device.run(ptx, s, weight, table, dual.sums_numbers(stage, limb, buffers))  # type: ignore[arg-type]
-    return [dual.totals(x, elem, limb).reshape(a.shape) for x, a in zip(buffers, wanted, strict=True)], buffers
+        device.run(ptx, s, weight, table, derivatives.sums_numbers(stage, limb, buffers))  # type: ignore[arg-type]
+    return [derivatives.totals(x, elem, limb).reshape(a.shape) for x, a in zip(buffers, wanted, strict=True)], buffers
 
 
 def exact_sums(fn: Any, s: np.ndarray, weight: np.ndarray, aux: tuple[Any, ...], asked: Any = None) -> list[np.ndarray]:
     asked = tuple(a.dtype.kind == "f" for a in aux) if asked is None else asked
-    by_hand = isinstance(fn, na.score.ScoreMod) and fn.grad is not None
+    by_hand = isinstance(fn, na.ScoreMod) and fn.grad is not None
     of = differentiated_by_hand(fn, asked) if by_hand else differentiated(fn)
     want = [np.zeros(a.shape) for a in aux]
     for j, i in np.ndindex(*s.shape):
@@ -553,8 +553,8 @@ def test_the_sums_on_the_device() -> None:
     weight = tile("f64", 6)
     weight[0, 0], weight[1, 1], weight[2, 2], weight[2, 3] = np.inf, np.nan, -np.inf, 1.0
     buffer = summed(lambda s, b, h, i, j, t: s + t[j] * t[i], tile("f64"), weight, "f64", (LONG,))[1][0]
-    limb = dual.limb_bits(KEYS * QUERIES)
-    total = calling(dual.total_function("f64"), types.float64, (types.int64,) * 3)
+    limb = derivatives.limb_bits(KEYS * QUERIES)
+    total = calling(derivatives.total_function("f64"), types.float64, (types.int64,) * 3)
 
     def kernel(out, numbers):
         n = cuda.threadIdx.x
@@ -564,14 +564,14 @@ def test_the_sums_on_the_device() -> None:
     out = np.empty(LONG.size)
     ptx = compiled(kernel, (array_type("f64", 1), types.UniTuple(types.int64, 2)))
     Device().run(ptx, out, (buffer, limb), blocks=1, threads=64)
-    np.testing.assert_array_equal(out, dual.totals(buffer, "f64", limb))
+    np.testing.assert_array_equal(out, derivatives.totals(buffer, "f64", limb))
     assert np.isinf(out).any() and np.isnan(out).any() and np.isfinite(out).sum() > 20
 
 
 def test_limbs() -> None:
-    assert dual.limb_bits(1) == dual.limb_bits(2**18) == 40 and dual.limb_bits(2**31) == 27
+    assert derivatives.limb_bits(1) == derivatives.limb_bits(2**18) == 40 and derivatives.limb_bits(2**31) == 27
     for pairs in (1, 100, 2**20, 2**31 + 1, 2**40):  # 16 reads of every pair, each as large as the largest
-        assert 2 ** dual.limb_bits(pairs) * 16 * pairs <= 2**62
+        assert 2 ** derivatives.limb_bits(pairs) * 16 * pairs <= 2**62
 
 
 def test_only_the_arrays_that_are_asked_for() -> None:
@@ -592,7 +592,7 @@ def test_status() -> None:
         return [int(x[1]) for x in summed(mod, s, weight, "f64", (LONG, LONG[:20].reshape(shape)))[1]]
 
     assert status(lambda s, b, h, i, j, t, u: s + t[j] + u[j] + u[int(j)]) == [0, 0]
-    assert status(lambda s, b, h, i, j, t, u: s + t[j]) == [0, dual.ONE_ELEMENT]
-    assert status(lambda s, b, h, i, j, t, u: s + t[j] + t[j + 1] + u[j]) == [dual.ONE_ELEMENT, 0]
+    assert status(lambda s, b, h, i, j, t, u: s + t[j]) == [0, derivatives.ONE_ELEMENT]
+    assert status(lambda s, b, h, i, j, t, u: s + t[j] + t[j + 1] + u[j]) == [derivatives.ONE_ELEMENT, 0]
     for grad in (None, lambda s, b, h, i, j, t, u: (1.0, 1.0, 1.0)):  # outside u, but in its memory
-        assert status(lambda s, b, h, i, j, t, u: s + t[j] * u[0, j], grad, (2, 10)) == [0, dual.INSIDE]
+        assert status(lambda s, b, h, i, j, t, u: s + t[j] * u[0, j], grad, (2, 10)) == [0, derivatives.INSIDE]

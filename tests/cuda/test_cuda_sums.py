@@ -23,8 +23,9 @@ from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn import plan
-from numba_attn.cuda import driver, dual, launch, modifiers, scores, sums, tiling
+from numba_attn.cuda import derivatives, modifiers, scores, sums, tiling
 from numba_attn.cuda.compile import kernel_ptx
+from numba_attn.cuda.host import driver, launch
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -328,4 +329,4 @@ def test_nothing_is_spilled(storage: str, d: int, cc: tuple[int, int]) -> None:
     aux = (np.zeros((4, 9), np.float32),)
     mod = sums.with_score(modifiers.mod_function(table_by_distance, t.acc, aux))
     f = scores.Features(score_mod=mod, score_table=5, derivatives=True, extra=sums.aux_fields(1))
-    assert spilled(sums.build_aux, t, f, dual.aux_functions(table_by_distance, t.acc, aux, (True,))) == 0
+    assert spilled(sums.build_aux, t, f, derivatives.aux_functions(table_by_distance, t.acc, aux, (True,))) == 0

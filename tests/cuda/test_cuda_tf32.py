@@ -1,4 +1,4 @@
-"""float32 by tensor cores, tf32=True: no worse than dense arithmetic whose operands are rounded to tf32."""
+"""float32 by tensor cores, precision="tf32": no worse than dense arithmetic whose operands are rounded to tf32."""
 
 import functools
 
@@ -12,7 +12,7 @@ import test_backward
 from cases import BY_NAME, build
 
 import numba_attn as na
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -34,14 +34,15 @@ def test_case(name: str, cc: tuple[int, int]) -> None:
     """Out, lse and every gradient. The yardstick rounds what goes into the products, and no weights."""
     arrays, options = build(BY_NAME[name])
     dout, dlse = test_backward.cotangents(arrays[0], arrays[2])
-    more = {"aux_grad": test_backward.float_aux(options)}
+    asked = {"aux_grad": test_backward.float_aux(options)}
+    how = {"return_lse": True, "backend": "cuda", "precision": "tf32"}
     with driver.use(emulator.EmulatedDevice(cc)) as device:
-        (out, lse), pullback = na.attention_vjp(*arrays, **options, **more, return_lse=True, backend="cuda", tf32=True)
+        (out, lse), pullback = na.attention_vjp(*arrays, **options, **asked, **how)
         found = pullback(dout, dlse)
         texts = " ".join(device.kernels())
     assert "m16n8k8.row.col.f32.tf32" in texts
     coarse = tuple(map(rounded, arrays))
-    gradients = functools.partial(na.reference.attention_backward, dlse=dlse, **options, **more)
+    gradients = functools.partial(na.reference.attention_backward, dlse=dlse, **options, **asked)
     forward = functools.partial(na.reference.attention, **options, return_lse=True)
     want = [*forward(*arrays), *(x for _, x in test_backward.entries(gradients(dout, *arrays)))]
     dense = [*forward(*coarse), *(x for _, x in test_backward.entries(gradients(rounded(dout), *coarse)))]
@@ -59,7 +60,7 @@ def test_few_queries_are_computed_in_float32() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, n, 32)).astype(np.float32) for n in (3, 70, 70))
     with driver.use(emulator.EmulatedDevice()):
-        same = [na.attention(q, k, v, backend="cuda", tf32=on) for on in (False, True)]
+        same = [na.attention(q, k, v, backend="cuda", precision=how) for how in ("ieee", "tf32")]
     np.testing.assert_array_equal(*same)
 
 
@@ -67,6 +68,6 @@ def test_other_dtypes_are_refused() -> None:
     q = np.zeros((1, 1, 20, 16), np.float16)
     with (
         driver.use(emulator.EmulatedDevice()),
-        pytest.raises(ValueError, match="tf32 is True and q has dtype float16; tf32 is a way"),
+        pytest.raises(ValueError, match="precision is 'tf32' and q has dtype float16; tf32 is a way"),
     ):
-        na.attention(q, q, q, backend="cuda", tf32=True)
+        na.attention(q, q, q, backend="cuda", precision="tf32")

@@ -23,7 +23,8 @@ from child import run_python
 from defaults import cuda_by_default
 
 import numba_attn as na
-from numba_attn.cuda import arrays, bench, driver, launch, on_device
+from numba_attn.app import bench_cuda as bench
+from numba_attn.cuda.host import arrays, driver, launch, on_device
 
 if (why := driver.missing()) is not None:
     pytest.skip(f"no GPU: {why}", allow_module_level=True)
@@ -118,7 +119,7 @@ def test_gradients_beyond_32_bits_of_bytes(dtype: str, cuda: Any) -> None:
 def test_tf32(cuda: Any) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((2, 3, 300, 64)).astype(np.float32) for _ in range(4))
-    out, pullback = na.attention_vjp(q, k, v, causal=True, tf32=True)
+    out, pullback = na.attention_vjp(q, k, v, causal=True, precision="tf32")
     want = na.reference.attention(q, k, v, causal=True)
     assert 1e-6 < np.abs(out - want).max() < 5e-3
     grads, wanted = pullback(dout), na.reference.attention_backward(dout, q, k, v, causal=True)
@@ -255,7 +256,7 @@ LISTEN = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import emulator, numpy as np, numba_attn as na
-from numba_attn.cuda import driver
+from numba_attn.cuda.host import driver
 
 class Listens(emulator.EmulatedDevice):
     def load(self, ptx, name=None):

@@ -19,8 +19,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from . import score
-from .functions import F32, F64, I32, I64, Math, Names, floored, small_powers
+from . import accepted
+from .transcendental import F32, F64, I32, I64, Math, Names, floored, small_powers
 
 FLOAT = {"f32": np.float32, "f64": np.float64}
 
@@ -373,7 +373,7 @@ def _register_functions(target, t):
     for fn in (operator.pow, math.pow, pow):
         power(fn)
 
-    @target.overload(score.where)
+    @target.overload(accepted.where)
     def where(condition, yes, no):
         s = t.score_of((yes, no), 2)
         if s is not None:

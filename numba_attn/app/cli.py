@@ -104,7 +104,7 @@ def _seconds(text: str) -> float:
 
 
 def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from numba_attn import demo
+    from numba_attn.app import demo
 
     if args.plot and (problem := demo.check_plot(args.plot)):
         parser.error(problem)
@@ -171,7 +171,7 @@ def _version(package: str) -> str:
 
 
 def _cuda() -> str:
-    from numba_attn.cuda import driver
+    from numba_attn.cuda.host import driver
 
     versions = f"numba-cuda {_version('numba-cuda')}"
     try:
@@ -190,7 +190,7 @@ def _amx() -> str:
 
 
 def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list) -> int:
-    from numba_attn.cuda import driver
+    from numba_attn.cuda.host import driver
 
     if args.peak or args.json or args.libraries or args.threads or args.rounds:
         parser.error("--backend cuda takes no --peak, --json, --libraries, --threads or --rounds")
@@ -198,7 +198,7 @@ def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases
         device = driver.current()
     except RuntimeError as why:
         parser.error(f"--backend cuda: {why}")
-    from numba_attn.cuda import bench
+    from numba_attn.app import bench_cuda as bench
 
     print(bench.report(device, cases or bench.CASES, args.seconds))
     return 0
@@ -207,8 +207,8 @@ def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases
 def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import numba
 
-    from numba_attn import bench
-    from numba_attn.terminal import Progress, seconds_text, table
+    from numba_attn.app import bench
+    from numba_attn.app.terminal import Progress, seconds_text, table
 
     given = {f.name: x for f in dataclasses.fields(bench.Case) if (x := getattr(args, f.name)) is not None}
     shape: dict[str, Any] = {"heads": 8, "q_len": 1024, "dim": 64} | given

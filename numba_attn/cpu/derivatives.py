@@ -21,13 +21,13 @@ the dual numbers; in score_jvp the tangent is NaN where aux_grad would set the s
 import numpy as np
 from numba.core import types
 
-from .. import aux_types, dual_types, score
-from ..aux_types import ARRAY, ELEMENT, OUTSIDE, READS, SEED, UNREAD
 from ..online import LOG2E
-from ..score_types import FLOAT
+from ..userfn import accepted, aux_types, dual_types
+from ..userfn.aux_types import ARRAY, ELEMENT, OUTSIDE, READS, SEED, UNREAD
+from ..userfn.scalar_types import FLOAT
 from .compile import array_type, compile_cfunc, inner
-from .modifiers import AS_INDEX, AS_SCORE, NAMES, SCORES, TARGET, aux_arrays
 from .simd import f32_ptr, f64_ptr, i64_ptr
+from .target import AS_INDEX, AS_SCORE, NAMES, SCORES, TARGET, aux_arrays
 
 DUALS = dual_types.build(TARGET, SCORES)
 AUX = aux_types.build(TARGET, SCORES, DUALS, lambda elem, dtype: dtype)
@@ -39,8 +39,8 @@ choose = NAMES.choose
 
 def compile_derivative(mod, kind, elem, aux, asked):
     """The address of one of the three passes; see the top of this file."""
-    fn, grad = (mod.fn, mod.grad) if isinstance(mod, score.ScoreMod) else (mod, None)
-    name = getattr(score.plain_function(fn), "__name__", "?")
+    fn, grad = (mod.fn, mod.grad) if isinstance(mod, accepted.ScoreMod) else (mod, None)
+    name = getattr(accepted.plain_function(fn), "__name__", "?")
     asked = tuple(asked) or (False,) * len(aux)
     found: list[int] = []
     if grad is None:
@@ -82,7 +82,7 @@ def _types(elem, kind, how, aux, asked):
 
 
 def _tile_of_duals(fn, kind, elem, aux, asked):
-    call, index, convert = inner(score.plain_function(fn)), AS_INDEX[elem], AS_DUAL[elem]
+    call, index, convert = inner(accepted.plain_function(fn)), AS_INDEX[elem], AS_DUAL[elem]
     acc, pointer = FLOAT[elem], f32_ptr if elem == "f32" else f64_ptr
     log2e, zero, one, hidden = acc(LOG2E), acc(0), acc(1), acc(-np.inf)
     kinds, dot_kinds, wrapped = _types(elem, kind, "dot" if kind == "score_jvp" else "seed", aux, asked)
@@ -134,7 +134,7 @@ def _tile_of_duals(fn, kind, elem, aux, asked):
 
 
 def _tile_of_gradient(fn, grad, kind, elem, aux, asked, found):
-    call, derivatives = inner(score.plain_function(fn)), inner(score.plain_function(grad))
+    call, derivatives = inner(accepted.plain_function(fn)), inner(accepted.plain_function(grad))
     index, natural, to_float = AS_INDEX[elem], AS_SCORE[elem], AS_DUAL[elem]
     acc, pointer = FLOAT[elem], f32_ptr if elem == "f32" else f64_ptr
     log2e, zero, hidden, unknown = acc(LOG2E), acc(0), acc(-np.inf), acc(np.nan)

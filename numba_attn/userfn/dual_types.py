@@ -21,9 +21,9 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from . import score
-from .functions import F32, F64, floored, rules, small_powers
-from .score_types import COMPARISONS, FLOAT, Target, absolute
+from . import accepted
+from .scalar_types import COMPARISONS, FLOAT, Target, absolute
+from .transcendental import F32, F64, floored, rules, small_powers
 
 
 def pack(builder, value, tangent):
@@ -135,7 +135,7 @@ def _register_operators(target, t, Dual, with_dual):
 
 
 def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
-    """Register Dual with a target that has the types of score_types.py.
+    """Register Dual with a target that has the types of scalar_types.py.
 
     Returns
     -------
@@ -293,7 +293,7 @@ def _register_functions(target, t, d):
         if isinstance(x, Dual):
             return lambda x: x
 
-    @target.overload(score.where)
+    @target.overload(accepted.where)
     def where(condition, yes, no):
         kinds = d.with_dual((yes, no), 2)
         if kinds is not None:

@@ -1,4 +1,4 @@
-"""Gradients with respect to the arrays of aux on a GPU: the counterpart of cpu/dual.py.
+"""Gradients with respect to the arrays of aux on a GPU: the counterpart of cpu/derivatives.py.
 
 A gradient of aux[n] is a sum of contributions, weight * d value / d element, over all pairs that read the element.
 Threads add in any order, and a sum of floats depends on it; a sum of integers does not. So the kernel runs twice over
@@ -19,8 +19,8 @@ comes: there are no more writes than changes of element, and a number for each h
 
 For each array that is asked for there is a buffer of int64, zeros at first:
 
-    [0] the largest |contribution|    [1] the status, as cpu/dual.py has it: 1 a hand-written gradient meets a function
-    that does not read one element, 2 a read outside the array    then for each element: high, low, flags
+    [0] the largest |contribution|    [1] the status, as cpu/derivatives.py has it: 1 a hand-written gradient meets a
+    function that does not read one element, 2 a read outside the array    then for each element: high, low, flags
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
-from .. import score
-from ..aux_types import ARRAY, ELEMENT, OUTSIDE, READS, SEED, UNREAD
-from ..functions import F32, I32, I64
-from ..score_types import FLOAT
+from ..userfn import accepted
+from ..userfn.aux_types import ARRAY, ELEMENT, OUTSIDE, READS, SEED, UNREAD
+from ..userfn.scalar_types import FLOAT
+from ..userfn.transcendental import F32, I32, I64
 from .compile import cgutils, intrinsic, libdevice, types
 from .modifiers import (
     AS_FLOAT,
@@ -301,7 +301,7 @@ def aux_functions(mod: Any, elem: str, aux: Sequence[np.ndarray], asked: Sequenc
 
 
 def _aux_functions(mod: Any, elem: str, aux: Sequence[np.ndarray], asked: tuple[bool, ...]) -> AuxFunctions:
-    of = _adding_by_hand if isinstance(mod, score.ScoreMod) and mod.grad is not None else _adding_duals
+    of = _adding_by_hand if isinstance(mod, accepted.ScoreMod) and mod.grad is not None else _adding_duals
     adding = [of(mod, elem, aux, n) for n, yes in enumerate(asked) if yes]
     starting, float_type = _starting(elem), SCORES.Score(elem).float
     length = PENDING * len(adding)

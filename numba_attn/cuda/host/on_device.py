@@ -8,17 +8,19 @@ What it would convert, it finds converted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import plan
-from ..arrays import Array, exact
-from ..gradients import Gradients, check_aux_grad, check_cotangents, check_results
-from ..mask import Mask, Pairs
+from ... import plan
+from ...arrays import Array, exact
+from ...gradients import Gradients, check_aux_grad, check_cotangents, check_results
+from ...mask import Mask
+from ...mask.parts import Pairs
+from ...options import DEFAULTS, NAMES, precision_of
 from . import arrays, driver
 from .arrays import DeviceArray, Input, shadow
 
@@ -136,10 +138,24 @@ def _of_function(call: _Call, x: Any) -> Any:
     return shadow(call.copied(x, np.float32)) if isinstance(x, np.ndarray) and x.dtype.name in HALVES else x
 
 
-def attention(
-    q: Any, k: Any, v: Any, options: dict[str, Any], out: Any, return_lse: bool, stream: Any, tf32: bool
-) -> tuple[Any, Any]:
+class _Settings(NamedTuple):
+    """The keywords of a call, as this module passes them on."""
+
+    options: dict[str, Any]  # of plan.resolve, all of them
+    out: Any
+    stream: Any
+    tf32: bool
+
+
+def _settings(options: Mapping[str, Any]) -> _Settings:
+    own = DEFAULTS | {name: x for name, x in options.items() if name in NAMES}
+    precision = precision_of(options, stacklevel=5)
+    return _Settings(own, options.get("out"), options.get("stream"), precision == "tf32")
+
+
+def attention(q: Any, k: Any, v: Any, given_options: Mapping[str, Any], return_lse: bool) -> tuple[Any, Any]:
     """api.attention with arrays on a GPU: out, and lse or None."""
+    options, out, stream, tf32 = _settings(given_options)
     given = {"q": q, "k": k, "v": v}
     found, key, plain = _like_before(given, options, out is None, stream, return_lse, tf32)
     if plain is not None:
@@ -207,7 +223,7 @@ def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
 
 def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
     """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
-    from .tile import VECTOR  # when it is known that there is a device
+    from ..tile import VECTOR  # when it is known that there is a device
 
     device = driver.current(found["q"].device)
     own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))
@@ -227,9 +243,10 @@ def _run(plain: _Plain, found: dict[str, Input]) -> dict[str, DeviceArray]:
 
 
 def attention_vjp(
-    q: Any, k: Any, v: Any, options: dict[str, Any], aux_grad: Any, out: Any, return_lse: bool, stream: Any, tf32: bool
+    q: Any, k: Any, v: Any, given_options: Mapping[str, Any], aux_grad: Any, return_lse: bool
 ) -> tuple[Any, Any, tuple[DeviceArray, DeviceArray]]:
     """out, lse or None, and both once more for the pullback: arrays that nobody else writes to."""
+    options, out, stream, tf32 = _settings(given_options)
     given = {"q": q, "k": k, "v": v}
     found, key, plain = _like_before(given, options, out is None and _is_empty(aux_grad), stream, True, tf32)
     if plain is not None:
@@ -295,24 +312,16 @@ def _results(kind: str, out: Any, result: DeviceArray | None, lse: DeviceArray |
 
 
 def attention_backward(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dlse: Any,
-    options: dict[str, Any],
-    aux_grad: Any,
-    stream: Any,
-    tf32: bool,
-) -> Gradients:
-    """api.attention_backward with arrays on a GPU."""
+    dout: Any, inputs: tuple[Any, Any, Any], results: tuple[Any, Any], dlse: Any, given_options: Any, aux_grad: Any
+) -> Gradients[Any]:
+    """api.attention_backward with arrays on a GPU. inputs: q, k and v; results: out and lse."""
+    options, _, stream, tf32 = _settings(given_options)
+    (q, k, v), (out, lse) = inputs, results
     named = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
     found, key, plain = _like_before(named, options, _is_empty(aux_grad), stream, "backward", tf32)
     if plain is not None:
-        made = _run(plain, found)
-        return Gradients(*(arrays.hand_over(made[f"d{name}"], found[name].kind) for name in "qkv"))
+        ran = _run(plain, found)
+        return Gradients(*(arrays.hand_over(ran[f"d{name}"], found[name].kind) for name in "qkv"))
     call = _enter(options, stream, found, **named)
     from . import launch  # when it is known that there is a device: it needs numba-cuda
 
@@ -323,8 +332,8 @@ def attention_backward(
     dout_view, dlse_view = check_cotangents(problem, given["dout"], given.get("dlse"))
     if dlse_view is not None and dlse_view.dtype != problem.acc:
         dlse_view, key = shadow(call.copied(dlse_view, problem.acc)), None  # which other calls would not have
-    results = [call.empty(given[name].shape, problem.dtype) for name in "qkv"]
-    dq_view, dk_view, dv_view = (plan.bhsd_view(shadow(x), problem.layout) for x in results)
+    made = [call.empty(given[name].shape, problem.dtype) for name in "qkv"]
+    dq_view, dk_view, dv_view = (plan.bhsd_view(shadow(x), problem.layout) for x in made)
     bias, slopes = call.found.get("bias"), call.found.get("alibi_slopes")
     bias_shape = None if bias is None else (1,) * (4 - len(bias.shape)) + bias.shape
     slopes_shape = None if slopes is None else (1,) * (2 - len(slopes.shape)) + slopes.shape
@@ -334,9 +343,9 @@ def attention_backward(
             asked, call.stream, True, call.device, tf32=tf32, lasting=key is not None,
         )  # fmt: skip
         if key is not None:
-            _keep(key, prepared, dq=results[0], dk=results[1], dv=results[2])
+            _keep(key, prepared, dq=made[0], dk=made[1], dv=made[2])
         rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
         tables = tuple(call.gradient(x, f"aux[{n}]") for n, x in enumerate(daux))
-    dq, dk, dv = (call.hand_over(x, name) for x, name in zip(results, "qkv", strict=True))
-    found = dict(zip(("dbias", "dsinks", "dalibi_slopes"), rest, strict=True))
-    return Gradients(dq, dk, dv, **found, daux=tables if problem.score_mod is not None and problem.aux else None)
+    dq, dk, dv = (call.hand_over(x, name) for x, name in zip(made, "qkv", strict=True))
+    daux_given = problem.score_mod is not None and problem.aux
+    return Gradients(dq, dk, dv, rest[0], rest[1], rest[2], tables if daux_given else None)

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba.core import types
 
-from ..online import LN2
-from . import threads
-from .call import STORAGE
-from .compile import compile_cfunc
-from .jvp import build, key_block, layout
-from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, run_drain, set_array, tile_width
-from .modifiers import aux_table, tile_function
+from ...online import LN2
+from .. import threads
+from ..call import STORAGE
+from ..compile import compile_cfunc
+from ..jvp import build, key_block, layout
+from ..modifiers import tile_function
+from ..target import aux_table
+from .record import SERIAL_FLOPS, count_tiles, describe, elem_of, is_half, longest_first, run_drain, tile_width
 
 if TYPE_CHECKING:
-    from ..plan import Problem
+    from ...plan import Problem
 
 TILES = 4  # a work item
 
@@ -46,8 +47,8 @@ def jvp(
     aux_dot : for each array of aux an array of the accumulation type and its shape, or None
     """
     elem = elem_of(problem.dtype)
-    record_array, keep = describe(problem, elem, "score_grad")
-    record, sequences = record_array[0], keep[0]
+    sequences = longest_first(problem.sequences)
+    record = describe(problem, elem, sequences, "score_grad")
     batch, q_heads, q_len, qk = problem.q.shape
     kv_heads, dv = problem.kv_heads, problem.v_dim
     rows = tile_width(elem, problem.left, problem.right)
@@ -55,16 +56,16 @@ def jvp(
     record["scale"] = problem.scale
     natural = problem.softcap != 0.0 or problem.score_mod is not None
     record["dot_unit"] = 1.0 if natural else LN2  # K. Q' is in the units of Q', and S. in natural ones
-    halves = problem.dtype.name not in ("float32", "float64")
+    halves = is_half(problem.dtype)
     arrays = dict(zip(("q_dot", "k_dot", "v_dot"), tangents, strict=True))
     arrays |= {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "out_dot": out_dot}
     for name, array in arrays.items():
         if array is not None:
-            set_array(record_array, name, array.view(np.uint16) if halves else array)
-    set_array(record_array, "lse", lse)
-    set_array(record_array, "lse_dot", lse_dot)
+            record.set_array(name, array.view(np.uint16) if halves else array)
+    record.set_array("lse", lse)
+    record.set_array("lse_dot", lse_dot)
     if bias_dot is not None:
-        set_array(record_array, "bias_dot", bias_dot)
+        record.set_array("bias_dot", bias_dot)
         record["bias_dot_storage"] = STORAGE[bias_dot.dtype.name]
     if slopes_dot is not None:
         record["slopes_dot"] = slopes_dot.ctypes.data
@@ -89,4 +90,4 @@ def jvp(
             array[...] = empty
     pairs = float((q_lens * sequences[:, 4]).sum()) * q_heads
     n_threads = 1 if 6 * pairs * (qk + dv) <= SERIAL_FLOPS else threads.usable()
-    run_drain(record_array, drain_address(elem), int(first_item[-1]), n_threads)
+    run_drain(record, drain_address(elem), int(first_item[-1]), n_threads)

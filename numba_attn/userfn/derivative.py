@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array
-from .score import ScoreMod, plain_function, where
+from ..arrays import Array
+from .accepted import ScoreMod, plain_function, where
 
 Key = tuple[int, int]  # (n, flat index in aux[n])
 SCORE: Key = (-1, 0)

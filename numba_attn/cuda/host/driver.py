@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
+from ...arrays import Array
+from .. import INSTALL
 
-INSTALL = "pip install numba-attn[cuda13] (or [cuda12] for a driver older than 580)"
 FORKED = (
     "this process was forked from one that had already used CUDA, and CUDA does not work in such a child: start it "
     "with multiprocessing's 'spawn' or 'forkserver', or make the first CUDA call after the fork"

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import FLOAT_NAMES, Array, plain
+
 _SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
 
 
@@ -135,3 +137,27 @@ def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
             value = id(value)
         parts.append((kind, what, value))
     return tuple(parts)
+
+
+def aux_arrays(aux: Any, name: str) -> tuple[Array, ...]:
+    """The arrays for a user's function. float16 and bfloat16, which Numba cannot load, become float32 copies."""
+    if isinstance(aux, np.ndarray) or not isinstance(aux, (tuple, list)):
+        raise TypeError(f"{name} is a {type(aux).__name__}; it takes a tuple of arrays, ({name.split()[0]},) for one")
+    arrays = []
+    for n, given in enumerate(aux):
+        a = plain(given, f"{name}[{n}]")
+        half = a.dtype.char == "e" or a.dtype.name == "bfloat16"
+        if not a.dtype.isnative or (not half and a.dtype.char not in "?bBhHiIlLqQfd"):
+            raise TypeError(
+                f"{name}[{n}] has dtype {a.dtype}; it takes {FLOAT_NAMES}, int or bool, in this machine's byte order"
+            )
+        arrays.append(a.astype(np.float32) if half else a)
+    return tuple(arrays)
+
+
+def widened(a: Array) -> Array:
+    """`a` with its numbers in float64 or int64, so that a user's function run in Python does not round or wrap in a
+    narrow type."""
+    if a.dtype.kind == "i" or (a.dtype.kind == "u" and a.dtype.itemsize < 8):
+        return a.astype(np.int64)
+    return a if a.dtype.kind in "bu" else a.astype(np.float64)

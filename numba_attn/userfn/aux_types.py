@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .functions import F32, F64, I64
-from .score_types import Target
+from .scalar_types import Target
+from .transcendental import F32, F64, I64
 
 # The record of a pass, 64-bit cells. "seed": how many reads there were, the number of the one that is asked for, its
 # array, its element. "trace": for each array the element and the bits of its tangent in float64.
@@ -40,7 +40,7 @@ def _item(context, builder, kind, array, indices):
 
 
 def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> SimpleNamespace:
-    """Register Aux with a target that has the types of score_types.py and dual_types.py.
+    """Register Aux with a target that has the types of scalar_types.py and dual_types.py.
 
     element : (elem, dtype) -> the type that an element has where it is a plain number
 

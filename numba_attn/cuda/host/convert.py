@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
-from . import launch, tile
+from ...arrays import Array
+from .. import tile
+from ..compile import inline
+from ..scores import REALS, Features
+from . import launch
 from .arrays import DeviceArray, empty
-from .compile import inline
-from .scores import REALS, Features
 
 THREADS = 256
 

@@ -21,8 +21,8 @@ import numpy as np
 
 import numba_attn
 from numba_attn import reference
-from numba_attn.bench import Case, dense_attention
-from numba_attn.terminal import Progress, bytes_text, seconds_text, table
+from numba_attn.app.bench import Case, dense_attention
+from numba_attn.app.terminal import Progress, bytes_text, seconds_text, table
 
 TRAINING = 1347  # three quarters; the writers of the rest are others than these
 
@@ -80,7 +80,7 @@ class Run:
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 images (1797, 64) float32 of length 1, and their digits (1797,) int64."""
-    file = importlib.resources.files("numba_attn") / "data" / "digits.csv.gz"
+    file = importlib.resources.files("numba_attn.app") / "data" / "digits.csv.gz"
     with file.open("rb") as packed, gzip.open(packed, "rt") as lines:
         rows = np.loadtxt(lines, delimiter=",", dtype=np.float32)
     images = rows[:, :64]

@@ -1,4 +1,4 @@
-"""A Problem -> the kernels' calls on a device: the counterpart of cpu/launch.py and cpu/launch_backward.py."""
+"""A Problem -> the kernels' calls on a device: the counterpart of cpu/launch/."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .. import score
-from ..arrays import Array
-from ..online import LOG2E
-from . import arrays, backward, decode, driver, dual, forward, modifiers, sums
-from .compile import kernel_ptx
-from .scores import REALS, Features, signature
-from .tile import SIZE, VECTOR
-from .tiling import LARGEST, Tiling, choose
+from ...arrays import Array
+from ...online import LOG2E
+from ...userfn import accepted
+from .. import backward, decode, derivatives, forward, modifiers, sums
+from ..compile import kernel_ptx
+from ..scores import REALS, Features, signature
+from ..tile import SIZE, VECTOR
+from ..tiling import LARGEST, Tiling, choose
+from . import arrays, driver
 
 if TYPE_CHECKING:
-    from ..plan import Problem
+    from ...plan import Problem
 
 STORAGE = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 OLDEST = (8, 0)  # asynchronous copies and the tensor-core instructions begin here
@@ -69,7 +70,7 @@ class Call:
         check(problem, device)
         if tf32 and problem.dtype != np.float32:
             raise ValueError(
-                f"tf32 is True and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
+                f"precision is 'tf32' and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
             )
         if not on_device:  # else asked before there were results
             device.refuse_capture(stream)
@@ -332,7 +333,7 @@ def _strides(x: Array) -> tuple[int, ...]:
 
 
 def _plain(mod: Any) -> Any:
-    return mod.fn if isinstance(mod, score.ScoreMod) else mod
+    return mod.fn if isinstance(mod, accepted.ScoreMod) else mod
 
 
 def check(problem: Problem, device: Any) -> None:
@@ -720,13 +721,13 @@ def _aux_sums(call: Call, f: Features, asked: tuple[bool, ...]) -> tuple[Result 
     Raises
     ------
     TypeError, ValueError
-        As dual.aux_functions; and if score_mod reads what it must not, which only the kernel can tell.
+        As derivatives.aux_functions; and if score_mod reads what it must not, which only the kernel can tell.
     """
     p, n = call.problem, call.numbers
-    functions = dual.aux_functions(p.score_mod, call.acc, p.aux, asked)
-    limb = dual.limb_bits(int((p.sequences[:, 2] * p.sequences[:, 4]).sum()) * p.q_heads)
+    functions = derivatives.aux_functions(p.score_mod, call.acc, p.aux, asked)
+    limb = derivatives.limb_bits(int((p.sequences[:, 2] * p.sequences[:, 4]).sum()) * p.q_heads)
     which = [m for m, wanted in enumerate(asked) if wanted]
-    buffers = [call.empty((dual.buffer_size(p.aux[m].size),), np.int64) for m in which]
+    buffers = [call.empty((derivatives.buffer_size(p.aux[m].size),), np.int64) for m in which]
     for x, (memory, _, _) in enumerate(buffers):
         call.device.fill(memory, 0, call.stream)
         n[f"aux_sums{x}"] = memory.address
@@ -747,9 +748,9 @@ def _aux_sums(call: Call, f: Features, asked: tuple[bool, ...]) -> tuple[Result 
     for m, (memory, _, _) in zip(which, buffers, strict=True):
         status = np.empty(1, np.int64)
         call.device.download(memory.address + 8, status, call.stream)
-        if status[0] >= dual.INSIDE:
+        if status[0] >= derivatives.INSIDE:
             raise ValueError(f"score_mod reads outside aux[{m}]")
-        if status[0] == dual.ONE_ELEMENT:
+        if status[0] == derivatives.ONE_ELEMENT:
             raise ValueError(
                 f"score_mod reads not exactly one element of aux[{m}], whose gradient its own grad is to give; "
                 "leave grad out, and the function itself is differentiated"

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba.core import types
 
-from . import threads
-from .backward import RANGES, build, build_delta, key_block, layout, range_keys
-from .call import CALL, tile_rows
-from .compile import compile_cfunc
-from .launch import SERIAL_FLOPS, count_tiles, describe, elem_of, rows_in_place, run_drain, set_array, tile_width
-from .modifiers import tile_function
+from .. import threads
+from ..backward import RANGES, build, build_delta, key_block, layout, range_keys
+from ..call import tile_rows
+from ..compile import compile_cfunc
+from ..modifiers import tile_function
+from .record import (
+    SERIAL_FLOPS,
+    Record,
+    count_tiles,
+    describe,
+    elem_of,
+    is_half,
+    longest_first,
+    rows_in_place,
+    run_drain,
+    tile_width,
+)
 
 if TYPE_CHECKING:
-    from ..plan import Problem
+    from ...plan import Problem
 
 # Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
 # for each head, and the largest one in all: then a single thread takes all heads.
@@ -42,8 +53,7 @@ _layout = lru_cache(256)(layout)
 class _Call:
     """What a problem alone decides."""
 
-    template: np.ndarray  # a CALL record, as int64
-    keep: list[Any]  # what its addresses point to
+    record: Record
     elem: str
     heads: int  # sequences times key heads
     head_size: int  # numbers in the longest head's dQ'
@@ -74,8 +84,8 @@ def _prepared(problem: Problem) -> _Call:
         if (known := _CALLS.get(key)) is not None:
             return known
     elem = elem_of(problem.dtype)
-    template, keep = describe(problem, elem, "score_grad")
-    record, sequences = template[0], keep[0]
+    sequences = longest_first(problem.sequences)
+    record = describe(problem, elem, sequences, "score_grad")
     _, q_heads, q_len, qk = problem.q.shape
     rows = tile_width(elem, problem.left, problem.right)
     record["tile_rows"], record["block"] = rows, key_block(elem, max(qk, problem.v_dim))
@@ -85,8 +95,7 @@ def _prepared(problem: Problem) -> _Call:
     heads = len(sequences) * problem.kv_heads
     record["head_size"] = head_size = int(tiles.max(initial=0)) * qk * tile_rows(elem)
     call = _Call(
-        template=template.view(np.int64),
-        keep=keep,
+        record=record,
         elem=elem,
         heads=heads,
         head_size=head_size,
@@ -155,17 +164,16 @@ def backward(
     """
     call = _prepared(problem)
     elem, acc, heads = call.elem, problem.acc, call.heads
-    record_array = call.template.copy().view(CALL)  # as numbers: a copy of a record goes field by field
-    record = record_array[0]
+    record = Record(call.record.numbers, tuple(call.record.keep))
     batch, q_heads, q_len, qk = problem.q.shape
     kv_len, dv_dim = problem.kv_len, problem.v_dim
-    halves = problem.dtype.name not in ("float32", "float64")
+    halves = is_half(problem.dtype)
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
     for name, array in arrays.items():
-        set_array(record_array, name, array.view(np.uint16) if halves else array)
-    set_array(record_array, "lse", lse)
+        record.set_array(name, array.view(np.uint16) if halves else array)
+    record.set_array("lse", lse)
     if dlse is not None:
-        set_array(record_array, "dlse", dlse)
+        record.set_array("dlse", dlse)
     stats = np.empty((2, batch, q_heads, q_len), acc)
     record["log_sums"] = at = stats.ctypes.data
     record["deltas"] = at + stats.strides[0]
@@ -182,7 +190,7 @@ def backward(
     if dbias_shape is not None and whole_bias:
         dbias = np.zeros(dbias_shape, acc)
         record["dbias_whole"] = 1
-        set_array(record_array, "dbias", dbias)
+        record.set_array("dbias", dbias)
     elif dbias_shape is not None:
         dbias = sums.zeros(dbias_shape)
         record["dbias"], record["dbias_unit"] = dbias.ctypes.data, dbias.strides[0]
@@ -230,8 +238,8 @@ def backward(
     if call.keys < batch * kv_len:
         dk[...] = 0
         dv[...] = 0
-    run_drain(record_array, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
-    run_drain(record_array, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
+    run_drain(record, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
+    run_drain(record, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
 
     if any(asked) and table[:, 0].any():
         status = int(table[table[:, 0] != 0, 0][0])

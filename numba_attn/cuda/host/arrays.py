@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import FLOAT_NAMES, Array
+from ...arrays import FLOAT_NAMES, Array
 from . import driver
 
 CUDA, CUDA_MANAGED = 2, 13  # DLDeviceType

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import TOLERANCE, Case, checked_rows, error_of_rows
-from ..terminal import table
+from .bench import TOLERANCE, Case, checked_rows, error_of_rows
+from .terminal import table
 
 # What a GPU is bought for, and what shows where a kernel is weak.
 CASES = (
@@ -53,7 +53,7 @@ def ours(case: Case, device: Any) -> Callable[[], Any]:
     """A call of numba_attn on arrays that are on the device; its result is out, or dq."""
     import numba_attn as na
 
-    from .arrays import DeviceArray
+    from ..cuda.host.arrays import DeviceArray
 
     q, k, v, *rest = (DeviceArray(x.shape, x.dtype, device.upload(x, 0)) for x in _inputs(case))
     if not rest:

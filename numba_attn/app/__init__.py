@@ -1,0 +1,1 @@
+"""The command line, the demo and the benchmark. Nothing else of the package imports this."""

@@ -1,0 +1,192 @@
+"""What every launch is made of: the CALL record filled from a Problem, the width of a tile, and threads to drain the
+record's work items."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...online import LOG2E
+from .. import threads
+from ..call import CALL, OPEN, STORAGE, tile_rows
+from ..modifiers import tile_function
+from ..simd import ROW
+from ..target import aux_table
+
+if TYPE_CHECKING:
+    from ...plan import Problem
+
+N_FIELDS = CALL.itemsize // 8
+CALL_EXTRA = 10  # two counters behind the record, and what it takes to align the scratch memory behind them
+INDEX = {name: n for n, name in enumerate(CALL.names or ())}
+_FIRST_STRIDE = {name.removesuffix("_b"): n for name, n in INDEX.items() if name.endswith("_b")}
+_SCRATCH = INDEX["scratch"]
+_REALS = frozenset(name for name in INDEX if CALL[name] == np.float64)
+
+# Work below this many floating-point operations stays on the calling thread: about 20 us, ten times the cost of waking
+# another.
+SERIAL_FLOPS = 2e6
+
+
+class Record:
+    """The CALL record of one call, filled by the names of its fields, and what its addresses point to.
+
+    It is an array of int64, and the same bytes as float64: a field of a NumPy record takes six times as long to write.
+    """
+
+    __slots__ = ("keep", "numbers", "reals")
+
+    def __init__(self, template: np.ndarray | None = None, keep: tuple[Any, ...] = ()) -> None:
+        self.numbers = np.zeros(N_FIELDS, np.int64) if template is None else template.copy()
+        self.reals = self.numbers.view(np.float64)
+        self.keep: list[Any] = list(keep)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        (self.reals if name in _REALS else self.numbers)[INDEX[name]] = value
+
+    def points_to(self, name: str, array: np.ndarray) -> None:
+        """The address of an array that the record keeps alive."""
+        self.keep.append(array)
+        self.numbers[INDEX[name]] = array.ctypes.data
+
+    def set_array(self, name: str, array: np.ndarray) -> None:
+        """The address of an array and its strides, whose fields lie side by side."""
+        self.points_to(name, array)
+        at = _FIRST_STRIDE[name]
+        self.numbers[at : at + array.ndim] = array.strides
+
+
+_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)  # a call through it releases the GIL
+
+
+def run_drain(record: Record, drain: int, n_items: int, n_threads: int) -> None:
+    """Have the work items of a whole record drained; releases the GIL."""
+    n = max(1, min(n_threads, n_items))
+    counters, memory = np.zeros(2, np.int64), np.empty(n * int(record.numbers[_SCRATCH]) + 64, np.uint8)
+    record["counter"], record["memory"] = counters.ctypes.data, (memory.ctypes.data + 63) & ~63
+    record["n_items"] = n_items
+    if n > 1:
+        threads.run(record.numbers.ctypes.data, drain, n)
+    elif n_items:
+        _SERIAL(drain)(record.numbers.ctypes.data)
+
+
+def rows_in_place(x: np.ndarray) -> bool:
+    """Whether the kernel reads a block of rows of x where it lies."""
+    return x.strides[3] == x.itemsize and x.strides[2] == x.itemsize * x.shape[3]
+
+
+# Speed of a tile of 1, 2 or 3 vectors of queries, the widest being 1 (Zen 4, D = 64).
+WIDTH_SPEED = (0.88, 0.98, 1.0)
+
+
+def tile_width(elem: str, left: int, right: int) -> int:
+    """Queries a tile. A tile of n queries computes window + n - 1 keys, rounded to eights, so a short window wants
+    narrow tiles. A function of the window alone: the bits of dk and dv depend on it, those of a row of out do not."""
+    widest = tile_rows(elem)
+    window = left + right + 1
+    if window >= OPEN or ROW.nr != len(WIDTH_SPEED):
+        return widest
+    lanes = widest // ROW.nr
+    cost = [(window + n * lanes + 7) / speed for n, speed in enumerate(WIDTH_SPEED, 1)]
+    return lanes * (cost.index(min(cost)) + 1)
+
+
+def count_tiles(q_lens: np.ndarray, rows: int, group: int) -> np.ndarray:
+    """Tiles of the queries of one key head, for each sequence: as the kernels count them."""
+    return np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
+
+
+def elem_of(dtype: np.dtype[Any]) -> str:
+    """The accumulation type of a dtype."""
+    return "f64" if dtype == np.float64 else "f32"
+
+
+def longest_first(sequences: np.ndarray) -> np.ndarray:
+    """The sequences in the order in which they are dealt out: where their sizes differ, those with most work first."""
+    if len(sequences) > 1 and np.any(sequences[:, 2:5:2] != sequences[0, 2:5:2]):
+        sequences = sequences[np.argsort(-sequences[:, 2] * sequences[:, 4], kind="stable")]
+    return np.ascontiguousarray(sequences)
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """float16 and bfloat16 enter kernels as uint16."""
+    return dtype.itemsize == 2
+
+
+def describe(problem: Problem, elem: str, sequences: np.ndarray, score_kind: str = "score") -> Record:
+    """The CALL record with what the problem says of scores and masks, which is the same for every kernel."""
+    record = Record()
+    record.points_to("sequences", sequences)
+    record["n_sequences"] = len(sequences)
+    record["storage"] = STORAGE[problem.dtype.name]
+    record["group"], record["kv_heads"] = problem.q_heads // problem.kv_heads, problem.kv_heads
+    record["qk_dim"], record["v_dim"] = problem.qk_dim, problem.v_dim
+    record["left"], record["right"] = min(problem.left, OPEN), min(problem.right, OPEN)
+    record["has_prefix"] = problem.has_prefix
+    _describe_scores(record, problem)
+    _describe_masks(record, problem, elem)
+    if problem.score_mod is not None:
+        record["score_mod"] = tile_function(problem.score_mod, score_kind, elem, problem.aux)
+        record.points_to("score_aux", aux_table(problem.aux))
+        record.keep.append(problem.aux)
+    return record
+
+
+def _describe_scores(record: Record, problem: Problem) -> None:
+    """The numbers and small arrays between the products and the user's function, and after it."""
+    natural = problem.softcap != 0.0 or problem.score_mod is not None
+    unit = 1.0 if problem.score_mod is not None else LOG2E
+    record["q_scale"] = problem.scale * (1.0 if natural else LOG2E)
+    record["unit"] = unit
+    if problem.softcap:
+        record["use_softcap"] = 1
+        record["softcap_in"], record["softcap_out"] = 1.0 / problem.softcap, problem.softcap * unit
+    if problem.bias is not None:
+        record.set_array("bias", problem.bias)
+        record["bias_storage"] = STORAGE[problem.bias.dtype.name]
+    if problem.slopes is not None:
+        record.points_to("slopes", problem.slopes)
+        record["slopes_b"] = problem.slopes.strides[0] if len(problem.slopes) > 1 else 0
+    if problem.sinks is not None:
+        record.points_to("sinks", problem.sinks)
+    if problem.dropout_p > 0:
+        record["drop"], record["drop_below"] = 1, round(problem.dropout_p * 2**32)
+        record["drop_scale"] = 1.0 / (1.0 - problem.dropout_p)
+        record["seed"] = problem.seed - (problem.seed >> 63 << 64)  # the same 64 bits, signed
+
+
+def _describe_masks(record: Record, problem: Problem, elem: str) -> None:
+    """Bounds of each query, and the tests of single pairs."""
+    if problem.start is not None:
+        assert problem.end is not None
+        record.points_to("start", problem.start)
+        record.points_to("end", problem.end)
+        for axis, n, stride in zip("bhs", problem.start.shape, problem.start.strides, strict=True):
+            record[f"bounds_{axis}"] = stride if n > 1 else 0
+    if problem.masks:
+        table = np.array([[m.ctypes.data, *m.strides] for m in problem.masks], np.int64)
+        record.points_to("masks", table)
+        record["n_masks"] = len(table)
+        record.keep.append(problem.masks)
+    if problem.segments:
+        rows = [[x for ids in pair for x in (ids.ctypes.data, _step(ids))] for pair in problem.segments]
+        table = np.array(rows, np.int64)
+        record.points_to("segments", table)
+        record["n_segments"] = len(table)
+        record.keep.append(problem.segments)
+    if problem.mask_mods:
+        spec = []
+        for fn, aux in problem.mask_mods:
+            numbers = aux_table(aux)
+            record.keep += [numbers, aux]
+            spec.append([tile_function(fn, "mask", elem, aux), numbers.ctypes.data])
+        record.points_to("mask_mods", np.array(spec, np.int64))
+        record["n_mask_mods"] = len(spec)
+
+
+def _step(x: np.ndarray) -> int:
+    """Bytes from one batch row to the next; 0 where all share one."""
+    return int(x.strides[0]) if len(x) > 1 else 0
