@@ -66,8 +66,8 @@ def _code(code: CodeType) -> Iterator[bytes]:
 
 @cache
 def cache_folder() -> str | None:
-    """The first writable of: NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package, the user's cache
-    folder. None with a warning."""
+    """The first of NUMBA_ATTN_CACHE_DIR, NUMBA_CACHE_DIR, __pycache__ of the package and the user's cache folder that
+    can be written or was filled ahead of time. None with a warning."""
     named = [os.path.join(d, "numba_attn") for d in (os.environ.get("NUMBA_ATTN_CACHE_DIR"), config.CACHE_DIR) if d]
     for folder in named or [
         str(PACKAGE / "__pycache__"),
@@ -78,7 +78,8 @@ def cache_folder() -> str | None:
             tempfile.TemporaryFile(dir=folder).close()
             return folder
         except OSError:
-            continue
+            if os.path.exists(_mark(folder)):
+                return folder
     warnings.warn(
         "numba_attn: no writable cache folder, so kernels are compiled anew in every process (some seconds); "
         "set NUMBA_ATTN_CACHE_DIR to a folder that can be written",
@@ -86,3 +87,16 @@ def cache_folder() -> str | None:
         stacklevel=2,
     )
     return None
+
+
+def _mark(folder: str) -> str:
+    from numba.core.registry import cpu_target
+
+    stamp = f"{fingerprint('cpu')} {cpu_target.target_context.codegen().magic_tuple()}"
+    return os.path.join(folder, f"filled-{hashlib.sha256(stamp.encode()).hexdigest()[:32]}")
+
+
+def mark_filled(folder: str) -> None:
+    """The folder holds kernels of these sources for this CPU: it is used even by those who may only read it."""
+    if not os.path.exists(_mark(folder)):
+        Path(_mark(folder)).touch()

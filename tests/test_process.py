@@ -413,7 +413,8 @@ def test_an_edit_counts_wherever_the_package_lies(form: str, tmp_path: Path) -> 
     how, warned, result = one_call(package=after, **cache)
     assert (how, warned) == ("compiled", 0) and result != first[2]
     code = """
-from numba_attn import cache, demo
+from numba_attn import cache
+from numba_attn.app import demo
 assert len(demo.load_digits()[0]) == 1797
 print(cache.PACKAGE, cache.fingerprint("cpu"), cache.fingerprint("cuda"))
 """
@@ -503,6 +504,43 @@ assert len({lines[2] for lines in outputs}) == 1
         env={"NUMBA_ATTN_CACHE_DIR": str(tmp_path)},
     )
     assert one_call("--right", NUMBA_ATTN_CACHE_DIR=tmp_path)[0] == "loaded"
+
+
+@pytest.mark.slow
+def test_a_cache_filled_ahead_of_time_by_processes_at_once(tmp_path: Path) -> None:
+    """What a Dockerfile does, and a cluster whose nodes all start it. Then no call compiles, also where a user may only
+    read the folder."""
+    env: dict[str, str | None] = {"NUMBA_ATTN_CACHE_DIR": str(tmp_path)}
+    run_python(
+        """
+import subprocess, sys
+command = [sys.executable, "-m", "numba_attn", "compile", "--dtype", "float32", "float16"]
+started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+assert [process.wait(timeout=900) for process in started] == [0, 0, 0]
+""",
+        env=env,
+    )
+    read_only = """
+import tempfile
+def refuse(*args, **kwargs):
+    raise PermissionError("read-only")
+tempfile.TemporaryFile = refuse
+"""
+    calls = """
+import warnings
+import numpy as np
+import numba_attn as na
+from numba_attn.cpu.compile import LOG
+warnings.simplefilter("error")
+for dtype in ("float32", "float16"):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 512, 64)).astype(dtype)
+    out, pullback = na.attention_vjp(q, k, v, causal=True)
+    pullback(out)
+    na.attention_jvp(q, k, v, q, None, None, softcap=2.0)
+assert len(LOG) == 7 and {how for _, _, how in LOG} == {"loaded"}, LOG
+"""
+    for code in (calls, read_only + calls):
+        run_python(code, env={**env, "NUMBA_NUM_THREADS": "2"})
 
 
 def test_kernels_compiled_in_two_processes_load_into_one(tmp_path: Path) -> None:

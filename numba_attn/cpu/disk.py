@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 from numba.core import caching
@@ -87,5 +88,11 @@ class KernelCache(caching.Cache):
             return None
 
     def save_overload(self, sig, data):
-        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone by now
+        try:
             super().save_overload(sig, data)
+        except OSError as error:  # a full disk, or a folder that is gone by now or was filled ahead and is read-only
+            warnings.warn(
+                f"numba_attn: {self._cache_path} takes no kernel, so it is compiled anew in every process: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
