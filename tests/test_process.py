@@ -136,6 +136,27 @@ def test_fork_after_a_call(layer: str) -> None:
 
 
 @POSIX
+@pytest.mark.parametrize("first", ["main", "worker"])
+def test_fork_under_tbb_of_the_thread_that_called_first_and_of_another(first: str) -> None:
+    """Numba's tbb layer prints a line at the fork of another thread, which README tells how to avoid."""
+    code = """
+import threading
+worker = threading.Thread(target=right)
+if sys.argv[1] == "main":
+    assert right()
+worker.start()
+worker.join()
+"""
+    fork = FORK.replace('assert right()\nassert in_a_fork() == 0, "a fork after a call"', "assert in_a_fork() == 0")
+    assert fork != FORK
+    done = run_python(CALLS + code + fork, first, env=layer_env("tbb"), check=False, timeout=600)
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip("Numba has no tbb layer here")
+    assert done.returncode == 0, done.stderr
+    assert ("Attempted to fork from a non-main thread" in done.stderr) == (first == "worker")
+
+
+@POSIX
 def test_fork_after_the_users_own_parallel_function() -> None:
     """The user's code has started a layer of Numba's choice before we are imported."""
     first = """
