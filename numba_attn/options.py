@@ -109,9 +109,9 @@ class Options(TypedDict, total=False):
         Option(
             None,
             "function",
-            "fn(score, b, h, i, j, *aux) -> score, of scalars: a plain Python function, compiled once and run inside "
-            "the kernel; it may hide a pair by returning -inf. Indices are array indices. math.exp, tanh, ... and "
-            "numba_attn.where are vectorised.",
+            "``fn(score, b, h, i, j, *aux)`` -> score, of scalars: a plain Python function, compiled once and run "
+            "inside the kernel; it may hide a pair by returning -inf. Indices are array indices. math.exp, tanh, ... "
+            "and numba_attn.where are vectorised.",
         ),
     ]
     aux: Annotated[tuple[ArrayLike, ...], Option((), "tuple of ndarray", "Arrays that score_mod reads.")]

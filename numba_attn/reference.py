@@ -87,7 +87,7 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, **options: Un
 @documented(Options)
 def attention_backward(
     dout: Any, q: Any, k: Any, v: Any, *, dlse: Any = None, aux_grad: Any = (), **options: Unpack[Options]
-) -> Gradients:
+) -> Gradients[Array]:
     """The gradients of sum(dout * out) + sum(dlse * lse), from the formulas, in float64.
 
     Writing d for the gradient of that sum, P for the weights before dropout and Z = keep / (1 - dropout_p)::

@@ -9,15 +9,20 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def test_python_blocks_run() -> None:
-    text = README.read_text(encoding="utf-8")
+def run_blocks(page: Path) -> int:
+    """Run the Python blocks of a page of Markdown in one namespace; their number."""
+    text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {}
     found = list(BLOCK.finditer(text))
-    assert len(found) >= 4
     for block in found:
         line = text.count("\n", 0, block.start(1))
-        # Blank lines in front, so that a traceback points at the line of the README.
-        exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
+        # Blank lines in front, so that a traceback points at the line of the page.
+        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    return len(found)
+
+
+def test_python_blocks_run() -> None:
+    assert run_blocks(README) >= 4
 
 
 @pytest.mark.parametrize("command", ["numba-attn demo", "python -m pytest"])

@@ -289,7 +289,7 @@ def _jax(case: Case, threads: int) -> Callable[[], object]:
     if case.backward:
         dout = jnp.asarray(case.cotangent().transpose(0, 2, 1, 3)).astype(case.dtype)
 
-        def gradients(q: object, k: object, v: object) -> tuple:
+        def gradients(q: object, k: object, v: object) -> tuple[object, ...]:
             _, pullback = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, **options), q, k, v)
             dq, dk, dv = pullback(dout)
             return dq.transpose(0, 2, 1, 3), dk, dv
@@ -375,7 +375,7 @@ class _Worker:
         )
         self.threads = threads
 
-    def ask(self, case: Case, seconds: float) -> dict:
+    def ask(self, case: Case, seconds: float) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         try:
             request = {"case": asdict(case), "seconds": seconds, "threads": self.threads}

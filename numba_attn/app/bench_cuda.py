@@ -132,7 +132,11 @@ def row(case: Case, device: Any, seconds: float) -> list[str]:
     """One line of the table. A result that is wrong has no time."""
     cells = [str(case)]
     times: dict[str, float] = {}
-    for name, make in (("numba_attn", lambda: ours(case, device)), ("torch", lambda: torch_call(case))):
+    makers: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("numba_attn", lambda: ours(case, device)),
+        ("torch", lambda: torch_call(case)),
+    )
+    for name, make in makers:
         try:
             call = make()
             error = error_of_rows(case, _host(call())[:, :, checked_rows(case)].ravel().tolist())

@@ -232,7 +232,7 @@ def _compile(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list) -> int:
+def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list[Any]) -> int:
     from numba_attn.cuda.host import driver
 
     if args.peak or args.json or args.libraries or args.threads or args.rounds:

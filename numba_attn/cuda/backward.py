@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..online import LOG2E
-from . import tile
+from . import scalar, tile
+from .code import SIZE, VECTOR
 from .compile import inline
 from .rows import bitmap_words, loaders, repairer
 from .scores import (
@@ -38,7 +39,6 @@ from .scores import (
     read_narrow,
     table_bytes,
 )
-from .tile import SIZE, VECTOR
 from .tiling import Tiling, placed, products
 
 # Fields besides scores.CALL. log_sums and deltas are L and delta, (B, Hq, Sq) each, with the strides stats_*.
@@ -94,11 +94,11 @@ ROWS_THREADS = 128
 
 def build_rows(storage: str, acc: str, f: Features) -> Any:
     """rows(call, reals): L and delta of every row, one warp a row. Fields: CALL and EXTRA."""
-    load, load_acc, store = tile.load_global(storage, acc), tile.load_global(acc, acc), tile.store_global(acc)
+    load, load_acc, store = scalar.load_global(storage, acc), scalar.load_global(acc, acc), scalar.store_global(acc)
     number, size = (np.float64, 8) if acc == "f64" else (np.float32, 4)
     zero, log2e, infinite, minus_inf = number(0), number(LOG2E), number(np.inf), number(-np.inf)
-    warp_sum, urem, udiv = tile.warp_sum(acc), tile.urem, tile.udiv
-    thread, block = tile.thread, tile.block
+    warp_sum, urem, udiv = scalar.warp_sum(acc), scalar.urem, scalar.udiv
+    thread, block = scalar.thread, scalar.block
     warps = ROWS_THREADS // 32
 
     def rows(call, reals):
@@ -129,10 +129,10 @@ def build_rows(storage: str, acc: str, f: Features) -> Any:
 
 def build_fill(storage: str, acc: str, f: Features) -> Any:
     """fill(call, reals): 0 in every row of out, -inf in lse where there is one; one warp a row."""
-    store, store_lse, fields = tile.store_global(storage), tile.store_global(acc), f.fields
+    store, store_lse, fields = scalar.store_global(storage), scalar.store_global(acc), f.fields
     number = np.float64 if acc == "f64" else np.float32
     zero, minus_inf = number(0), number(-np.inf)
-    thread, block, urem, udiv, warps = tile.thread, tile.block, tile.urem, tile.udiv, ROWS_THREADS // 32
+    thread, block, urem, udiv, warps = scalar.thread, scalar.block, scalar.urem, scalar.udiv, ROWS_THREADS // 32
     assert "out_rows" in fields
 
     def fill(call, reals):
@@ -153,9 +153,9 @@ def build_fill(storage: str, acc: str, f: Features) -> Any:
 
 def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, Any]:
     """weight(s, row, col, given) = p, and inner(p, dp, row, col, given) = p (dp - delta)."""
-    number, weight_from, choose = exact_functions(t.acc).number, build_exponent(f, t.acc).weight, tile.choose
-    load, size, one = tile.load_shared(t.acc, t.acc), SIZE[t.acc], number(1)
-    add, mul = tile.add, tile.mul
+    number, weight_from, choose = exact_functions(t.acc).number, build_exponent(f, t.acc).weight, scalar.choose
+    load, size, one = scalar.load_shared(t.acc, t.acc), SIZE[t.acc], number(1)
+    add, mul = scalar.add, scalar.mul
 
     @inline
     def weight_of(s, q, given):
@@ -188,7 +188,13 @@ def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, An
 def _stats_loader(t: Tiling, rows: int, table: int, stats: int) -> Any:
     """(call, tid, b, count, stage): L and delta of the table's rows to shared memory, asynchronously; idle rows, whose
     q and dout are 0, get zeros."""
-    copy, size, load_row, add, mul = tile.copy_async(SIZE[t.acc]), SIZE[t.acc], tile.load_row, tile.add, tile.mul
+    copy, size, load_row, add, mul = (
+        scalar.copy_async(SIZE[t.acc]),
+        SIZE[t.acc],
+        scalar.load_row,
+        scalar.add,
+        scalar.mul,
+    )
 
     @inline
     def load_stats(call, tid, b, count, stage):
@@ -272,17 +278,17 @@ def build_queries(t: Tiling, f: Features) -> Any:
     load_stats = _stats_loader(t, ROWS, TABLE, STATS)
     start, ones = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(regs.rows), 1.0)
     scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), o_regs)
-    store_tile = tile.store_tile(o_regs, t.storage, t.stride(t.qk_dim), 2 if t.mma else VECTOR // size)
+    store_tile = scalar.store_tile(o_regs, t.storage, t.stride(t.qk_dim), 2 if t.mma else VECTOR // size)
     locate, find, commit, wait_all, sync = (
         build_locate(ROWS),
         build_find(ROWS),
-        tile.commit,
-        tile.wait_all,
-        tile.sync,
+        scalar.commit,
+        scalar.wait_all,
+        scalar.sync,
     )
-    thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
-    load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
-    Q_STRIDE, opaque = t.stride(t.qk_dim), tile.opaque
+    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
+    load_word, store_word, shared_max = scalar.load_word, scalar.store_word, scalar.shared_max
+    Q_STRIDE, opaque = t.stride(t.qk_dim), scalar.opaque
     WITH_BIAS, WITH_SLOPES = "dbias" in f.extra, "dslopes" in f.extra
     store_bias: Any = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
     by_distance = tile.mapped(_by_distance(t.acc, TABLE), regs)
@@ -359,7 +365,7 @@ def build_queries(t: Tiling, f: Features) -> Any:
 
 def _bias_writer(acc: str, table: int) -> Any:
     """Writes the gradient of a visible pair's bias; the others are 0 from the start."""
-    store, load_row, add, mul, inside = tile.store_global(acc), tile.load_row, tile.add, tile.mul, tile.inside
+    store, load_row, add, mul, inside = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul, scalar.inside
 
     def write(x, row, col, given):
         call, _, b, k_start, _, _ = given
@@ -375,7 +381,7 @@ def _bias_writer(acc: str, table: int) -> Any:
 def _by_distance(acc: str, table: int) -> Any:
     """A pair's part of the gradient of its slope."""
     number = np.float64 if acc == "f64" else np.float32
-    load_row, add, mul, zero = tile.load_row, tile.add, tile.mul, number(0)
+    load_row, add, mul, zero = scalar.load_row, scalar.add, scalar.mul, number(0)
 
     def part(x, row, col, given):
         i, _, _, _ = load_row(add(table, mul(row, 16)))
@@ -385,7 +391,7 @@ def _by_distance(acc: str, table: int) -> Any:
 
 
 def _slope_writer(acc: str, table: int) -> Any:
-    store, load_row, add, mul, size = tile.store_global(acc), tile.load_row, tile.add, tile.mul, SIZE[acc]
+    store, load_row, add, mul, size = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul, SIZE[acc]
 
     def write(value, row, given):
         call, b, count = given
@@ -422,18 +428,18 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
     ones = tile.filled(t.acc, len(regs.rows), 1.0)
     scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), k_regs)
     vector = 2 if t.mma else VECTOR // size
-    put_k = tile.store_tile(k_regs, t.storage, t.stride(t.qk_dim), vector)
-    put_v = tile.store_tile(v_regs, t.storage, t.stride(t.v_dim), vector)
+    put_k = scalar.store_tile(k_regs, t.storage, t.stride(t.qk_dim), vector)
+    put_v = scalar.store_tile(v_regs, t.storage, t.stride(t.v_dim), vector)
     locate, counted, commit, wait_all, sync = (
         build_locate(COLS, ordered=False),
         build_counted(COLS),
-        tile.commit,
-        tile.wait_all,
-        tile.sync,
+        scalar.commit,
+        scalar.wait_all,
+        scalar.sync,
     )
-    thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
-    sub, narrow, opaque = tile.sub, tile.narrow, tile.opaque
-    load_word, store_word, shared_max = tile.load_word, tile.store_word, tile.shared_max
+    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
+    sub, narrow, opaque = scalar.sub, scalar.narrow, scalar.opaque
+    load_word, store_word, shared_max = scalar.load_word, scalar.store_word, scalar.shared_max
     K_STRIDE, V_STRIDE = t.stride(t.qk_dim), t.stride(t.v_dim)
     DK, DV = with_dk, with_dv
     BAD_Q, BAD_DOUT = FLAG, FLAG + 4  # behind the first stage's table: the last turn whose tile was bad

@@ -26,10 +26,11 @@ import numpy as np
 from ..arrays import Array
 from ..online import LN2, LOG2E
 from ..online import build as build_online
-from . import tile
+from . import scalar, tile
+from .code import SIZE, VECTOR
 from .compile import inline
 from .scores import Features, build_find, build_locate, exact_functions, read_sequence, table_bytes
-from .tile import SIZE, VECTOR, Registers
+from .tile import Registers
 from .tiling import Tiling
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ def workspace(problem: Problem) -> tuple[Array, Array]:
 def find_part(call, n):
     """(sequence, part) of block n of a key head."""
     at = call.part_items + n * 16
-    return tile.load_i64(at), tile.load_i64(at + 8)
+    return scalar.load_i64(at), scalar.load_i64(at + 8)
 
 
 @inline
 def find_states(call, number, kv_head):
     """(n, step): the state of row r and part s of sequence `number` has the number n + r * step + s."""
     at = call.part_places + number * 24
-    start, first, count = tile.load_i64(at), tile.load_i64(at + 8), tile.load_i64(at + 16)
+    start, first, count = scalar.load_i64(at), scalar.load_i64(at + 8), scalar.load_i64(at + 16)
     return (start * call.kv_heads + kv_head * count) * call.part_rows - first, count
 
 
@@ -111,8 +112,8 @@ def build_keep(t: Tiling) -> tuple[Any, Any]:
     memory. given: (call, number of the first row's state, step, rows)."""
     regs, size, bytes_of_o, threads = t.scores, SIZE[t.acc], row_bytes(t), t.threads
     units, stride = bytes_of_o // VECTOR, bytes_of_o + VECTOR
-    store, copy = tile.store_global(t.acc), tile.copy_out(VECTOR)
-    udiv, sub, add, mul = tile.udiv, tile.sub, tile.add, tile.mul
+    store, copy = scalar.store_global(t.acc), scalar.copy_out(VECTOR)
+    udiv, sub, add, mul = scalar.udiv, scalar.sub, scalar.add, scalar.mul
 
     def keep(x, row, given):
         call, n, step, count, to = given
@@ -150,17 +151,17 @@ def build_merge(t: Tiling, f: Features) -> Any:
     """merge(call, reals): COLUMNS columns of a row of the result, and its lse; `tiles`: blocks of a row."""
     places = memory_merge(t)
     TABLE, SUMS, size, bytes_of_o = places["table"], places["sums"], SIZE[t.acc], row_bytes(t)
-    functions, choose, maximum = exact_functions(t.acc), tile.choose, max
+    functions, choose, maximum = exact_functions(t.acc), scalar.choose, max
     number, exp2, log2 = functions.number, functions.exp2, functions.log2
     zero, one, ln2, log2e, minus_inf = number(0), number(1), number(LN2), number(LOG2E), number(-np.inf)
     online = build_online(inline, exp2, choose, inline(lambda m: m == minus_inf), inline(lambda m: zero))
     safe, rescale = online.finite_or_zero, online.rescale
     warp_max = tile.row_max(Registers(t.acc, (0,), (0,), (1, 2, 4, 8, 16)))
-    warp_sum, load, store = tile.warp_sum(t.acc), tile.load_global(t.acc, t.acc), tile.store_global(t.acc)
-    load_shared, store_shared = tile.load_shared(t.acc, t.acc), tile.store_shared(t.acc)
-    store_o = tile.store_global(t.storage)
-    locate, find, load_row, sync = build_locate(t.rows), build_find(t.rows), tile.load_row, tile.sync
-    thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
+    warp_sum, load, store = scalar.warp_sum(t.acc), scalar.load_global(t.acc, t.acc), scalar.store_global(t.acc)
+    load_shared, store_shared = scalar.load_shared(t.acc, t.acc), scalar.store_shared(t.acc)
+    store_o = scalar.store_global(t.storage)
+    locate, find, load_row, sync = build_locate(t.rows), build_find(t.rows), scalar.load_row, scalar.sync
+    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
 
     def merge(call, reals):
         tid = thread()

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..online import LN2
 from ..online import build as build_online
-from . import decode, tile
+from . import decode, scalar, tile
+from .code import SIZE, VECTOR
 from .compile import inline
 from .rows import bitmap_words, loaders, repairer
 from .scores import (
@@ -31,7 +32,6 @@ from .scores import (
     read_narrow,
     table_bytes,
 )
-from .tile import SIZE, VECTOR
 from .tiling import Tiling, placed, products
 
 
@@ -61,7 +61,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     functions = exact_functions(t.acc)
     number, exp2, log2 = functions.number, functions.exp2, functions.log2
     zero, ln2, log2e, minus_inf = number(0), number(LN2), number(1 / LN2), number(-np.inf)
-    choose, maximum = tile.choose, max
+    choose, maximum = scalar.choose, max
 
     online = build_online(inline, exp2, choose, inline(lambda m: m == minus_inf), inline(lambda m: zero))
     safe, rescale = online.finite_or_zero, online.rescale
@@ -92,7 +92,7 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     # The result leaves through the queries' place, states through the values' if they are wider than the queries.
     LEAVE, kind = (V, t.acc) if split and t.mma else (Q, t.storage)
     LEAVE_SIZE, LEAVE_STRIDE = SIZE[kind], t.v_dim * SIZE[kind] + VECTOR
-    store_tile = tile.store_tile(o_regs, kind, LEAVE_STRIDE, 2 if t.mma else VECTOR // LEAVE_SIZE)
+    store_tile = scalar.store_tile(o_regs, kind, LEAVE_STRIDE, 2 if t.mma else VECTOR // LEAVE_SIZE)
 
     copies = loaders(t, f.aligned)
     load_q, load_k, load_v = (
@@ -104,13 +104,13 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     locate, find, commit, wait_all, sync = (
         build_locate(ROWS),
         build_find(ROWS),
-        tile.commit,
-        tile.wait_all,
-        tile.sync,
+        scalar.commit,
+        scalar.wait_all,
+        scalar.sync,
     )
-    thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
-    load_word, store_word, shared_max, narrow = tile.load_word, tile.store_word, tile.shared_max, tile.narrow
-    opaque = tile.opaque
+    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
+    load_word, store_word, shared_max, narrow = scalar.load_word, scalar.store_word, scalar.shared_max, scalar.narrow
+    opaque = scalar.opaque
     dropped, DROPOUT = build_dropout(s_regs, parts.element, TABLE, False), f.dropout
     scaled_where = tile.scaled_where(s_regs)
     EVERY, SPLIT, find_part, find_states = f.every_pair, split, decode.find_part, decode.find_states
@@ -240,7 +240,7 @@ def _divided(acc: str) -> Any:
     made, where the yardstick is as exact as the kernel."""
     if acc == "f32":
         return lambda x, l, y: x * y
-    choose, fma = tile.choose, tile.multiply_add
+    choose, fma = scalar.choose, scalar.multiply_add
 
     def divided(x, l, y):
         quotient = x * y
@@ -252,7 +252,7 @@ def _divided(acc: str) -> Any:
 
 def _writer(acc: str, table: int) -> Any:
     """Writes the lse of one row."""
-    store, load_row, add, mul = tile.store_global(acc), tile.load_row, tile.add, tile.mul
+    store, load_row, add, mul = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul
 
     def write(value, row, given):
         call, b, count = given
@@ -266,7 +266,7 @@ def _writer(acc: str, table: int) -> Any:
 
 def _sink(acc: str, table: int) -> Any:
     """The sink of a row's head."""
-    load, load_row, add, mul, size = tile.load_global(acc, acc), tile.load_row, tile.add, tile.mul, SIZE[acc]
+    load, load_row, add, mul, size = scalar.load_global(acc, acc), scalar.load_row, scalar.add, scalar.mul, SIZE[acc]
 
     @inline
     def sink(given, row):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from . import tile
+from . import scalar, tile
+from .code import VECTOR
 from .compile import inline
-from .tile import VECTOR
 from .tiling import Tiling, products
 
 
@@ -28,9 +28,9 @@ def repairer(t: Tiling, dim: int, bad: int) -> SimpleNamespace:
     rows, cols, threads, stride = t.rows, t.cols, t.threads, t.stride(dim)
     words, units, per = bitmap_words(dim), dim * t.size // VECTOR, VECTOR // t.size
     row_map, col_map, n = bad, bad + rows * words * 4, t.scores.size
-    add, mul, udiv, sub, urem = tile.add, tile.mul, tile.udiv, tile.sub, tile.urem
-    store_word, load_word, shared_or, sync = tile.store_word, tile.load_word, tile.shared_or, tile.sync
-    bit, repair_vector, shift_left = tile.bit(n), tile.repair_vector(t.storage), tile.shift_left
+    add, mul, udiv, sub, urem = scalar.add, scalar.mul, scalar.udiv, scalar.sub, scalar.urem
+    store_word, load_word, shared_or, sync = scalar.store_word, scalar.load_word, scalar.shared_or, scalar.sync
+    bit, repair_vector, shift_left = tile.bit(n), scalar.repair_vector(t.storage), scalar.shift_left
     element = products(t).element
 
     @inline
@@ -84,10 +84,10 @@ def repairer(t: Tiling, dim: int, bad: int) -> SimpleNamespace:
 def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
     """Copies of rows between global and shared memory by all threads of a block."""
     size, threads, per = t.size, t.threads, VECTOR // t.size
-    add, mul, udiv, sub = tile.add, tile.mul, tile.udiv, tile.sub
+    add, mul, udiv, sub = scalar.add, scalar.mul, scalar.udiv, scalar.sub
     step, numbers = (VECTOR, per) if aligned else (size, 1)  # of a unit: what is copied at a time
-    load_row, copy_in = tile.load_row, tile.copy_async(VECTOR) if aligned else tile.copy_element(size)
-    copy_out, finite_vector = tile.copy_out(step), tile.finite_vector(t.storage)
+    load_row, copy_in = scalar.load_row, scalar.copy_async(VECTOR) if aligned else scalar.copy_element(size)
+    copy_out, finite_vector = scalar.copy_out(step), scalar.finite_vector(t.storage)
 
     @inline
     def in_order(row, where):
@@ -128,7 +128,7 @@ def loaders(t: Tiling, aligned: bool) -> SimpleNamespace:
             units = dim // per
             width = min(units, threads)  # units of a row that the threads take at a time
             per_pass, parts = threads // width, -(-units // width)
-            copy = tile.copy_rows(rows, per_pass, stride)
+            copy = scalar.copy_rows(rows, per_pass, stride)
 
             @inline
             def rows_in(tid, to, base, stride_s, stride_d, valid, real):

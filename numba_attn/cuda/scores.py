@@ -18,7 +18,7 @@ import numpy as np
 
 from ..online import LOG2E
 from ..philox import build as build_philox
-from . import tile
+from . import code, scalar, tile
 from .compile import inline, libdevice, types
 from .tile import Registers
 
@@ -97,7 +97,7 @@ def call_type(fields: tuple[str, ...]) -> Any:
     return namedtuple("Call", fields)
 
 
-Reals = namedtuple("Reals", REALS)  # type: ignore[misc]
+Reals = namedtuple("Reals", REALS)
 
 
 def signature(fields: tuple[str, ...]) -> tuple[Any, Any]:
@@ -121,7 +121,7 @@ def build_find(rows: int) -> Any:
     """find(call, q_len, index) -> (head, row, count) of tile `index` of a (sequence, key head): its first row in its
     head of the group, and how many queries it holds; 0 behind the last tile. A short sequence's heads lie side by side:
     head is then 0 and row counts through all of them."""
-    udiv, counted = tile.udiv, build_counted(rows)
+    udiv, counted = scalar.udiv, build_counted(rows)
 
     @inline
     def find(call, q_len, index):
@@ -172,8 +172,8 @@ def keys_of(call, sequence, head, row):
     first, end = common_keys(call, sequence, row)
     if call.start != 0:
         to = b * call.bounds_b + head * call.bounds_h + (q_start + row) * call.bounds_s
-        first = max(first, tile.load_i64(call.start + to) - k_start)
-        end = min(end, tile.load_i64(call.end + to) - k_start)
+        first = max(first, scalar.load_i64(call.start + to) - k_start)
+        end = min(end, scalar.load_i64(call.end + to) - k_start)
     return first, end
 
 
@@ -202,8 +202,8 @@ def build_locate(rows: int, ordered: bool = True) -> Callable[..., Any]:
 
     Ends with a barrier; not ordered: only where queries have bounds of their own, else the caller's next one serves.
     """
-    store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
-    shared_min, shared_max, sync, udiv = tile.shared_min, tile.shared_max, tile.sync, tile.udiv
+    store_row, store_word, add, mul = scalar.store_row, scalar.store_word, scalar.add, scalar.mul
+    shared_min, shared_max, sync, udiv = scalar.shared_min, scalar.shared_max, scalar.sync, scalar.udiv
     at_bounds, bounds, ORDERED = rows * ROW_BYTES, build_bounds(rows), ordered
 
     @inline
@@ -253,13 +253,13 @@ def read_sequence(call, n):
     """(batch, q_start, q_len, k_start, k_len, offset, prefix)"""
     at = call.sequences + n * 56
     return (
-        tile.load_i64(at),
-        tile.load_i64(at + 8),
-        tile.load_i64(at + 16),
-        tile.load_i64(at + 24),
-        tile.load_i64(at + 32),
-        tile.load_i64(at + 40),
-        tile.load_i64(at + 48),
+        scalar.load_i64(at),
+        scalar.load_i64(at + 8),
+        scalar.load_i64(at + 16),
+        scalar.load_i64(at + 24),
+        scalar.load_i64(at + 32),
+        scalar.load_i64(at + 40),
+        scalar.load_i64(at + 48),
     )
 
 
@@ -267,7 +267,7 @@ def read_sequence(call, n):
 def read_narrow(call, n):
     """The same, of 32 bits but for offset and prefix, which may be of any size: for a loop that has no register to
     spare."""
-    narrow = tile.narrow
+    narrow = scalar.narrow
     b, q_start, q_len, k_start, k_len, offset, prefix = read_sequence(call, n)
     return narrow(b), narrow(q_start), narrow(q_len), narrow(k_start), narrow(k_len), offset, prefix
 
@@ -276,8 +276,8 @@ def exact_functions(acc: str) -> SimpleNamespace:
     """exp2, log2 and tanh of one scalar."""
     if acc == "f32":
         one, minus_two, two, small = np.float32(1), np.float32(-2), np.float32(2 * LOG2E), np.float32(0.35)
-        fast_exp2, choose, fma = tile.fast_exp2, tile.choose, tile.multiply_add
-        reciprocal, with_sign_of = tile.fast_reciprocal, tile.with_sign_of
+        fast_exp2, choose, fma = scalar.fast_exp2, scalar.choose, scalar.multiply_add
+        reciprocal, with_sign_of = scalar.fast_reciprocal, scalar.with_sign_of
         c1, c2, c3, c4, c5 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925))
 
         @inline
@@ -289,7 +289,7 @@ def exact_functions(acc: str) -> SimpleNamespace:
             near = fma(fma(fma(fma(fma(c5, z, c4), z, c3), z, c2), z, c1) * z, a, a)
             return with_sign_of(choose(a < small, near, far), x)
 
-        return SimpleNamespace(number=np.float32, exp2=fast_exp2, log2=tile.fast_log2, tanh=tanh)
+        return SimpleNamespace(number=np.float32, exp2=fast_exp2, log2=scalar.fast_log2, tanh=tanh)
 
     @inline
     def exp2(x):
@@ -314,7 +314,7 @@ def build_exponent(features: Features, acc: str) -> SimpleNamespace:
     by is the same for a row's weights and their sum.
     """
     functions = exact_functions(acc)
-    exp2, log2e, multiply_add, number = functions.exp2, functions.number(LOG2E), tile.multiply_add, functions.number
+    exp2, log2e, multiply_add, number = functions.exp2, functions.number(LOG2E), scalar.multiply_add, functions.number
     if features.raw:
         return SimpleNamespace(
             weight=inline(lambda x, m, reals: exp2(multiply_add(x, number(reals.scale), -m))),
@@ -345,9 +345,9 @@ def build_modify(features: Features, acc: str, table: int, swapped: bool = False
     number, tanh = functions.number, functions.tanh
     at = {name: n for n, name in enumerate(f.fields)}
     hidden, one = number(-np.inf), number(1)
-    load_row, add, mul, inside, choose = tile.load_row, tile.add, tile.mul, tile.inside, tile.choose
+    load_row, add, mul, inside, choose = scalar.load_row, scalar.add, scalar.mul, scalar.inside, scalar.choose
     seen, changed = _seen(f, at), _changed(f, at, acc)
-    multiply_add = tile.multiply_add
+    multiply_add = scalar.multiply_add
     softcap, every, raw = f.softcap, f.every_pair, f.raw
     mod_slope, cap_slope = f.derivatives and f.score_mod is not None, f.derivatives and f.softcap
 
@@ -420,7 +420,7 @@ def build_dropout(regs: Registers, element: Callable[..., Any], table: int, swap
 
     A loop, not code for every element: ten rounds of 64-bit products, side by side, would take all registers.
     """
-    load_row, add, mul, word = tile.load_row, tile.add, tile.mul, build_philox(inline)
+    load_row, add, mul, word = scalar.load_row, scalar.add, scalar.mul, build_philox(inline)
     n, no_bits, set_bit = regs.size, tile.no_bits(regs.size), tile.set_bit(regs.size)
     low = np.uint64(0xFFFFFFFF)
 
@@ -445,7 +445,7 @@ def build_dropout(regs: Registers, element: Callable[..., Any], table: int, swap
 
 def _seen(f: Features, at: dict[str, int]) -> Callable[..., Any]:
     """(call, b, h, i, j) -> whether the masks show the pair."""
-    load_byte, load = tile.load_byte, tile.load_i64
+    load_byte, load = scalar.load_byte, scalar.load_i64
 
     def always(call, b, h, i, j):
         return True
@@ -499,13 +499,13 @@ def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
     """(x, call, b, h, i, j, distance) -> x with bias, ALiBi and score_mod, -inf where the bias is; and the derivative
     of score_mod. distance is the query's position less the key's."""
     number = np.float32 if acc == "f32" else np.float64
-    choose, hidden, one, derivatives = tile.choose, number(-np.inf), number(1), f.derivatives
+    choose, hidden, one, derivatives = scalar.choose, number(-np.inf), number(1), f.derivatives
 
     def plain(x, call, b, h, i, j, distance):
         return x, True
 
     def with_bias(n):
-        load = tile.load_global(f.bias, acc)
+        load = scalar.load_global(f.bias, acc)
 
         def changed(x, call, b, h, i, j, distance):
             to = call[n] + b * call[n + 1] + h * call[n + 2] + i * call[n + 3] + j * call[n + 4]
@@ -515,7 +515,7 @@ def _changed(f: Features, at: dict[str, int], acc: str) -> Callable[..., Any]:
         return changed
 
     def with_slopes(before):
-        load, size = tile.load_global(acc, acc), tile.SIZE[acc]
+        load, size = scalar.load_global(acc, acc), code.SIZE[acc]
 
         def changed(x, call, b, h, i, j, distance):
             slope = load(call.slopes + b * call.slopes_b + h * size)

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from . import tile
+from . import code, multiply, scalar, tile
 from .backward import EXTRA, _stats_loader, _step, _weights
+from .code import FLOATS, SIZE
 from .compile import inline, intrinsic, libdevice, types
 from .derivatives import CELLS, HEADER, AuxFunctions, total_function
 from .rows import loaders
@@ -38,7 +39,7 @@ from .scores import (
     read_sequence,
     table_bytes,
 )
-from .tile import FLOATS, SIZE, Registers
+from .tile import Registers
 from .tiling import Tiling, placed, products
 
 # A block's own tile is one of own_b * own_h * own_rows * own_keys, and the units that go into it one of unit_b * unit_h
@@ -103,8 +104,8 @@ def adder(regs: Registers, sum_rows: bool, sum_keys: bool) -> Any:
     @intrinsic
     def add_tile(typingctx, high, low, x):
         def codegen(context, builder, sig, args):
-            high, low = (tile.unpack(builder, x, len(groups)) for x in args[:2])
-            elements = tile.unpack(builder, args[2], regs.size)
+            high, low = (code.unpack(builder, x, len(groups)) for x in args[:2])
+            elements = code.unpack(builder, args[2], regs.size)
             for n, members in enumerate(groups.values()):
                 x = _tree(builder, [elements[e] for e in members])
                 total = builder.fadd(high[n], x)
@@ -134,15 +135,15 @@ def finisher(regs: Registers, of: Registers, sum_keys: bool) -> Any:
     def finish(typingctx, high, low):
         def codegen(context, builder, sig, args):
             sums = []
-            for high, low in zip(*(tile.unpack(builder, x, of.size) for x in args), strict=True):
+            for high, low in zip(*(code.unpack(builder, x, of.size) for x in args), strict=True):
                 # inf - inf: what is lost of an infinite sum is nothing
                 finite = builder.fcmp_ordered("==", builder.fsub(high, high), ir.Constant(kind, 0.0))
                 rest = builder.select(finite, low, ir.Constant(kind, 0.0))
-                high, rest = (x if kind == tile.DOUBLE else builder.fpext(x, tile.DOUBLE) for x in (high, rest))
+                high, rest = (x if kind == code.DOUBLE else builder.fpext(x, code.DOUBLE) for x in (high, rest))
                 sums.append(builder.fadd(high, rest))
             if sum_keys:
                 for lanes in of.partners:
-                    sums = [builder.fadd(x, tile.shuffle_xor(builder, x, lanes)) for x in sums]
+                    sums = [builder.fadd(x, code.shuffle_xor(builder, x, lanes)) for x in sums]
             return context.make_tuple(builder, sig.return_type, sums)
 
         return of.type(high, low), codegen
@@ -153,8 +154,8 @@ def finisher(regs: Registers, of: Registers, sum_keys: bool) -> Any:
 def build_locate_rows(rows: int) -> Callable[..., Any]:
     """locate(call, tid, table, sequence, head, i0): as scores.build_locate, for the queries i0, i0 + 1, ... of an array
     of a head, whatever sequence they are in; those of others are idle. Only LOW and HIGH are set."""
-    store_row, store_word, add, mul = tile.store_row, tile.store_word, tile.add, tile.mul
-    shared_min, shared_max, sync = tile.shared_min, tile.shared_max, tile.sync
+    store_row, store_word, add, mul = scalar.store_row, scalar.store_word, scalar.add, scalar.mul
+    shared_min, shared_max, sync = scalar.shared_min, scalar.shared_max, scalar.sync
     bounds = rows * 16
 
     @inline
@@ -185,15 +186,15 @@ def build_locate_rows(rows: int) -> Callable[..., Any]:
 def _first_sequence(call, b, i0):
     """The first sequence of a batch that ends behind query i0, and the end of the batch's."""
     at = call.batch_first + b * 8
-    low, high = tile.narrow(tile.load_i64(at)), tile.narrow(tile.load_i64(at + 8))
+    low, high = scalar.narrow(scalar.load_i64(at)), scalar.narrow(scalar.load_i64(at + 8))
     stop = high
     while low < high:
-        middle = tile.udiv(tile.add(low, high), 2)
+        middle = scalar.udiv(scalar.add(low, high), 2)
         at = call.sequences + middle * 56
-        if tile.load_i64(at + 8) + tile.load_i64(at + 16) > i0:
+        if scalar.load_i64(at + 8) + scalar.load_i64(at + 16) > i0:
             high = middle
         else:
-            low = tile.add(middle, 1)
+            low = scalar.add(middle, 1)
     return low, stop
 
 
@@ -216,9 +217,15 @@ def build_bias(t: Tiling, f: Features, sum_rows: bool, sum_keys: bool, storage: 
     finish = finisher(regs, of, sum_keys)
     writer = _bias_writer(storage, sum_rows, sum_keys)
     write, write_one, put = tile.mapped(writer, of), inline(writer), tile.mapped(_sums_writer(Q, WIDTH), of)
-    load_sum = tile.load_shared("f64", "f64")
-    thread, block, udiv, urem, add, mul = tile.thread, tile.block, tile.udiv, tile.urem, tile.add, tile.mul
-    commit, wait_all, sync, load_word, narrow = tile.commit, tile.wait_all, tile.sync, tile.load_word, tile.narrow
+    load_sum = scalar.load_shared("f64", "f64")
+    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
+    commit, wait_all, sync, load_word, narrow = (
+        scalar.commit,
+        scalar.wait_all,
+        scalar.sync,
+        scalar.load_word,
+        scalar.narrow,
+    )
     first_sequence = _first_sequence
 
     def bias(call, reals):
@@ -302,7 +309,7 @@ def build_bias(t: Tiling, f: Features, sum_rows: bool, sum_keys: bool, storage: 
 
 def _bias_writer(storage: str, sum_rows: bool, sum_keys: bool) -> Callable[..., Any]:
     """Writes a sum to where it belongs."""
-    store = tile.store_global(storage)
+    store = scalar.store_global(storage)
 
     def write(x, i, j, given):
         call, part, b, h = given
@@ -316,7 +323,7 @@ def _bias_writer(storage: str, sum_rows: bool, sum_keys: bool) -> Callable[..., 
 
 def _sums_writer(at: int, width: int) -> Callable[..., Any]:
     """A thread's sums to shared memory: a row for each group of lanes."""
-    store, add, mul = tile.store_shared("f64"), tile.add, tile.mul
+    store, add, mul = scalar.store_shared("f64"), scalar.add, scalar.mul
 
     def put(x, group, col, given):
         store(add(at, mul(add(mul(group, width), col), 8)), x)
@@ -335,16 +342,16 @@ def build_total(storage: str, f: Features) -> Any:
 
     A block has 32 neighbouring elements, and eight warps that take an eighth of the parts each. Fields: TOTAL.
     """
-    load, store, size = tile.load_global("f64", "f64"), tile.store_global(storage), SIZE[storage]
-    load_sum, store_sum = tile.load_shared("f64", "f64"), tile.store_shared("f64")
+    load, store, size = scalar.load_global("f64", "f64"), scalar.store_global(storage), SIZE[storage]
+    load_sum, store_sum = scalar.load_shared("f64", "f64"), scalar.store_shared("f64")
     thread, block, udiv, urem, add, mul, sync = (
-        tile.thread,
-        tile.block,
-        tile.udiv,
-        tile.urem,
-        tile.add,
-        tile.mul,
-        tile.sync,
+        scalar.thread,
+        scalar.block,
+        scalar.udiv,
+        scalar.urem,
+        scalar.add,
+        scalar.mul,
+        scalar.sync,
     )
     WARPS = THREADS // 32
 
@@ -374,9 +381,16 @@ TOTAL_BYTES = THREADS * 8  # shared memory of the kernels above and below
 def build_heads(what: str, acc: str, storage: str, f: Features) -> Any:
     """heads(call, reals): the sum over queries, and over unit_b batches, of what each row gives to its head, as
     `storage`; a block a head. what: "slopes" or "sinks". Fields: HEADS."""
-    load, store, size, acc_size = tile.load_global(acc, acc), tile.store_global(storage), SIZE[storage], SIZE[acc]
-    load_sum, store_sum, warp_sum = tile.load_shared("f64", "f64"), tile.store_shared("f64"), tile.warp_sum("f64")
-    thread, block, udiv, urem, mul, sync = tile.thread, tile.block, tile.udiv, tile.urem, tile.mul, tile.sync
+    load, store, size, acc_size = scalar.load_global(acc, acc), scalar.store_global(storage), SIZE[storage], SIZE[acc]
+    load_sum, store_sum, warp_sum = scalar.load_shared("f64", "f64"), scalar.store_shared("f64"), scalar.warp_sum("f64")
+    thread, block, udiv, urem, mul, sync = (
+        scalar.thread,
+        scalar.block,
+        scalar.udiv,
+        scalar.urem,
+        scalar.mul,
+        scalar.sync,
+    )
     WARPS, minus_inf = THREADS // 32, np.float64(-np.inf)
 
     if what == "slopes":
@@ -477,7 +491,7 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
     drop_bits, scaled_where = build_dropout(regs, products(t).element, TABLE, False), tile.scaled_where(regs)
     cleared, hidden_bits = tile.cleared(regs), tile.hidden_bits(regs)
     STRIDE = _pair_stride(t)
-    put, load = tile.simt_store_p(regs, STRIDE), tile.load_shared(t.acc, t.acc)
+    put, load = multiply.simt_store_p(regs, STRIDE), scalar.load_shared(t.acc, t.acc)
     start, add_pair, flush = inline(functions.start), inline(functions.add), inline(functions.flush)
     at = {name: n for n, name in enumerate(f.fields)}
     FIRST, FIRST_SUM, LAST_SUM = at["score_mod_0"], at["aux_stage"], len(f.fields)
@@ -487,15 +501,21 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
     load_k, load_v = copies.load(t.qk_dim, COLS), copies.load(t.v_dim, COLS)
     load_stats, locate, find = _stats_loader(t, ROWS, TABLE, STATS), build_locate(ROWS), build_find(ROWS)
     thread, block, udiv, urem, add, mul, sub = (
-        tile.thread,
-        tile.block,
-        tile.udiv,
-        tile.urem,
-        tile.add,
-        tile.mul,
-        tile.sub,
+        scalar.thread,
+        scalar.block,
+        scalar.udiv,
+        scalar.urem,
+        scalar.add,
+        scalar.mul,
+        scalar.sub,
     )
-    commit, wait_all, sync, load_word, load_row = tile.commit, tile.wait_all, tile.sync, tile.load_word, tile.load_row
+    commit, wait_all, sync, load_word, load_row = (
+        scalar.commit,
+        scalar.wait_all,
+        scalar.sync,
+        scalar.load_word,
+        scalar.load_row,
+    )
     zero = (np.float64 if t.acc == "f64" else np.float32)(0)
 
     def aux(call, reals):
@@ -558,8 +578,8 @@ def build_aux(t: Tiling, f: Features, functions: AuxFunctions) -> Any:
 
 def build_aux_total(acc: str, storage: str, f: Features) -> Any:
     """aux_total(call, reals): an array's gradient from its integers, as `storage`. Fields: AUX_TOTAL."""
-    total, store, size = inline(total_function(acc)), tile.store_global(storage), SIZE[storage]
-    thread, block = tile.thread, tile.block
+    total, store, size = inline(total_function(acc)), scalar.store_global(storage), SIZE[storage]
+    thread, block = scalar.thread, scalar.block
 
     def aux_total(call, reals):
         n = np.int64(block()) * THREADS + np.int64(thread())

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 
-from . import tile
+from . import multiply, scalar, tile
+from .code import SIZE, VECTOR
 from .compile import inline
-from .tile import SIZE, VECTOR, Registers
+from .tile import Registers
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ CHUNK = 8  # columns of the output that a thread sums at a time (simt)
 
 def products(t: Tiling) -> SimpleNamespace:
     """The products and corners of a tiling, for kernels to call."""
-    scores, add, mul, udiv, urem = t.scores, tile.add, tile.mul, tile.udiv, tile.urem
+    scores, add, mul, udiv, urem = t.scores, scalar.add, scalar.mul, scalar.udiv, scalar.urem
     across, size, t_mma = t.across, t.size, t.mma
     down = t.threads // max(across, 1)
     if t.mma:
@@ -108,7 +109,7 @@ def products(t: Tiling) -> SimpleNamespace:
         """(tid, a, b) -> A B', rows of `dim` numbers."""
         stride = t.stride(dim)
         if t.mma:
-            product = tile.mma_abt(scores, t.storage, dim * size, stride, stride)
+            product = multiply.mma_abt(scores, t.storage, dim * size, stride, stride)
 
             @inline
             def of(tid, a, b):
@@ -120,7 +121,7 @@ def products(t: Tiling) -> SimpleNamespace:
                 return product(at_a, at_b)
 
         else:
-            product = tile.simt_abt(scores, dim * size, stride, stride)
+            product = multiply.simt_abt(scores, dim * size, stride, stride)
 
             @inline
             def of(tid, a, b):
@@ -132,7 +133,7 @@ def products(t: Tiling) -> SimpleNamespace:
     def pb(dim: int, rescaled: bool = True):
         """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers. Not rescaled: alpha is 1."""
         stride, regs = t.stride(dim), t.output(dim)
-        times, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), tile.any_lane
+        times, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), scalar.any_lane
 
         @inline
         def scaled(o, alpha):
@@ -141,7 +142,7 @@ def products(t: Tiling) -> SimpleNamespace:
             return o
 
         if t.mma and t.storage == "f32":
-            product = tile.tf32_pb(regs, scores, stride)
+            product = multiply.tf32_pb(regs, scores, stride)
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
@@ -150,7 +151,7 @@ def products(t: Tiling) -> SimpleNamespace:
                 return product(scaled(o, alpha), p, at)
 
         elif t.mma:
-            product = tile.mma_pb(regs, scores, t.storage, stride)
+            product = multiply.mma_pb(regs, scores, t.storage, stride)
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):
@@ -159,9 +160,9 @@ def products(t: Tiling) -> SimpleNamespace:
                 return product(scaled(o, alpha), p, at)
 
         else:
-            p_stride, sync_warp = t.p_stride, tile.sync_warp
-            store = tile.simt_store_p(scores, p_stride)
-            product = tile.simt_pb(regs, t.cols, p_stride, stride, CHUNK)
+            p_stride, sync_warp = t.p_stride, scalar.sync_warp
+            store = multiply.simt_store_p(scores, p_stride)
+            product = multiply.simt_pb(regs, t.cols, p_stride, stride, CHUNK)
 
             @inline
             def of(tid, o, alpha, p, b, p_memory):

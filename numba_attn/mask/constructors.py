@@ -357,7 +357,7 @@ def intervals(start: Any, end: Any) -> Mask:
 
 
 def mask_mod(fn: Callable[..., Any], aux: Sequence[Any] = ()) -> Mask:
-    """A pair is visible iff fn(b, h, i, j, *aux) says so. The function is compiled into the kernel.
+    """A pair is visible iff ``fn(b, h, i, j, *aux)`` says so. The function is compiled into the kernel.
 
     Parameters
     ----------

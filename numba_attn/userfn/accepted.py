@@ -28,9 +28,9 @@ class ScoreMod:
 def score_mod(fn: Callable[..., Any], grad: Callable[..., Any] | None = None) -> ScoreMod:
     """A score modifier for `attention(score_mod=...)`, optionally with its gradient.
 
-    fn(score, b, h, i, j, *aux) returns the modified score; grad, with the same arguments, returns d/dscore, or a tuple
-    that begins with it followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the bare
-    function does the same.
+    ``fn(score, b, h, i, j, *aux)`` returns the modified score; grad, with the same arguments, returns d/dscore, or a
+    tuple that begins with it followed by d/daux. The forward pass needs fn alone, so `attention(score_mod=fn)` with the
+    bare function does the same.
 
     >>> import math, numba_attn as na
     >>> capped = na.score_mod(lambda score, b, h, i, j: 30 * math.tanh(score / 30))

@@ -33,7 +33,7 @@ class Dual:
 
     __slots__ = ("partials", "value")
     __array_ufunc__ = None  # so that np.float64 * Dual comes here
-    __hash__ = None  # type: ignore[assignment]  # equal by value, like a float, but never a key
+    __hash__ = None  # equal by value, like a float, but never a key
 
     def __init__(self, value: Any, partials: Mapping[Key, Any]) -> None:
         self.value = np.float64(value)  # IEEE: 1 / 0 is inf

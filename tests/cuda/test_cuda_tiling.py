@@ -10,7 +10,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 from emulator import SHARED
 
 from numba_attn.cuda import backward, decode, forward, sums, tiling
-from numba_attn.cuda.tile import VECTOR
+from numba_attn.cuda.code import VECTOR
 
 KERNELS = {"forward": forward.memory, "queries": backward.memory_queries, "keys": backward.memory_keys}
 # kernel -> whose tiles it has, and what it keeps in them

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import Array
-from .. import tile
+from .. import code, scalar
 from ..compile import inline
 from ..scores import REALS, Features
 from . import launch
@@ -25,8 +25,8 @@ def build(source: str, target: str, axes: int, f: Features) -> Any:
     """convert(call, reals): one thread an element. Fields: source, target, count, and of each axis, the innermost
     first, its size and step in bytes."""
     acc = "f64" if "f64" in (source, target) else "f32"
-    load, store, width = tile.load_global(source, acc), tile.store_global(target), tile.SIZE[target]
-    offset, thread, block = _offset(0, axes, f.fields.index("size0")), tile.thread, tile.block
+    load, store, width = scalar.load_global(source, acc), scalar.store_global(target), code.SIZE[target]
+    offset, thread, block = _offset(0, axes, f.fields.index("size0")), scalar.thread, scalar.block
 
     def convert(call, reals):
         n = np.int64(block()) * THREADS + np.int64(thread())

@@ -16,9 +16,9 @@ from ...arrays import Array
 from ...online import LOG2E
 from ...userfn import accepted
 from .. import backward, decode, derivatives, forward, modifiers, sums
+from ..code import SIZE, VECTOR
 from ..compile import kernel_ptx
 from ..scores import REALS, Features, signature
-from ..tile import SIZE, VECTOR
 from ..tiling import LARGEST, Tiling, choose
 from . import arrays, driver
 
