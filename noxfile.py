@@ -25,6 +25,12 @@ def quick(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def versions(session: nox.Session) -> None:
+    """The tests with each minor version of Numba, which makes environments of its own: -- --part sample."""
+    session.run("python", "tests/versions.py", *session.posargs)
+
+
+@nox.session(default=False)
 def cuda(session: nox.Session) -> None:
     """The CUDA kernels: compiled, assembled, run in the emulator."""
     session.install("-e", ".[test,ladder]")

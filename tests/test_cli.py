@@ -1,4 +1,4 @@
-"""The three commands: what they print, and that a bad argument ends with a sentence and exit status 2."""
+"""The commands: what they print, and that a bad argument ends with a sentence and exit status 2."""
 
 import gzip
 import importlib.util
@@ -36,6 +36,58 @@ def test_module_is_the_script() -> None:
         check=True,
     )
     assert done.stdout.startswith("usage: numba-attn")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("arguments", ["info", "--version", "bench --libraries numba_attn " + " ".join(TINY)])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["full", "pipe", "closed"])
+def test_an_output_that_cannot_be_written_is_one_line(output: str, unbuffered: str, arguments: str) -> None:
+    """A full disk, `| head`, `>&-`: no traceback, and none of Python's own last words about standard output."""
+    if output == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    if output == "closed" and os.name != "posix":
+        pytest.skip("no file descriptors here")
+    start = "import os, sys\n"  # the command takes this process's place, with standard output closed or as it is
+    start += "os.close(1)\n" if output == "closed" else ""
+    start += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    if output == "full":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    home = str(Path(numba_attn.__file__).parents[1])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", start, "-m", "numba_attn", *arguments.split()],
+            env={**os.environ, "PYTHONPATH": home, "PYTHONUNBUFFERED": unbuffered},
+            stdout=target,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(target)
+    says = {"full": "takes no more: No space left on device", "pipe": "takes no more: ", "closed": "is closed"}[output]
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"numba-attn: standard output {says}") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("setting", "status", "says"),
+    [
+        ({"NUMBA_ATTN_CACHE_DIR": os.path.join(__file__, "cache")}, 1, "no writable cache folder"),
+        ({"NUMBA_DISABLE_JIT": "1"}, 2, "NUMBA_DISABLE_JIT is set"),
+    ],
+)
+def test_compile_says_what_keeps_it_from_filling_the_cache(setting: dict[str, str], status: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "numba_attn", "compile", "forward", "--dtype", "float32"],
+        env={**os.environ, "PYTHONPATH": str(Path(numba_attn.__file__).parents[1]), **setting},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status and says in done.stderr.splitlines()[-1] and not done.stdout
 
 
 def test_digits_are_recognised() -> None:
@@ -110,6 +162,8 @@ def test_only_visible_pairs_count_as_flops(case: bench.Case, pairs: int) -> None
     [
         ([], "required"),
         (["dance"], "dance"),
+        (["compile", "sideways"], "takes forward, backward, jvp, not 'sideways'"),
+        (["compile", "--dtype", "int8"], "takes float32, float64, float16, bfloat16, not 'int8'"),
         (["bench", "--q-len", "0"], "--q-len: takes a whole number of at least 1, not '0'"),
         (["bench", "--dim", "x"], "--dim: takes a whole number of at least 1, not 'x'"),
         (["bench", "--heads", "3", "--kv-heads", "2"], "--kv-heads must divide --heads"),

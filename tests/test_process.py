@@ -4,12 +4,15 @@ Most of it is decided when Numba is imported, so each test is a process of its o
 numbers.
 """
 
+import compileall
 import os
 import platform
 import shutil
 import stat
 import sys
+import zipfile
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from cases import SIMD_CASES
 from child import IMPORTED_FROM, run_python
 
 pytestmark = pytest.mark.processes
+UNCHECKED = PycInvalidationMode.UNCHECKED_HASH
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -132,6 +136,27 @@ def test_fork_after_a_call(layer: str) -> None:
 
 
 @POSIX
+@pytest.mark.parametrize("first", ["main", "worker"])
+def test_fork_under_tbb_of_the_thread_that_called_first_and_of_another(first: str) -> None:
+    """Numba's tbb layer prints a line at the fork of another thread, which README tells how to avoid."""
+    code = """
+import threading
+worker = threading.Thread(target=right)
+if sys.argv[1] == "main":
+    assert right()
+worker.start()
+worker.join()
+"""
+    fork = FORK.replace('assert right()\nassert in_a_fork() == 0, "a fork after a call"', "assert in_a_fork() == 0")
+    assert fork != FORK
+    done = run_python(CALLS + code + fork, first, env=layer_env("tbb"), check=False, timeout=600)
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip("Numba has no tbb layer here")
+    assert done.returncode == 0, done.stderr
+    assert ("Attempted to fork from a non-main thread" in done.stderr) == (first == "worker")
+
+
+@POSIX
 def test_fork_after_the_users_own_parallel_function() -> None:
     """The user's code has started a layer of Numba's choice before we are imported."""
     first = """
@@ -219,6 +244,36 @@ def test_disabled_jit() -> None:
         assert done.stdout.split()[-1] == "True"
     else:
         assert done.returncode > 0 and "NUMBA_DISABLE_JIT" in done.stderr.strip().splitlines()[-1], done.stderr[-4000:]
+
+
+@POSIX
+@pytest.mark.parametrize("cache", ["empty", "filled"])
+def test_a_working_folder_that_was_deleted(cache: str, warm: tuple[Path, str], tmp_path: Path) -> None:
+    """A service whose folder an upgrade took away: Numba asks for the path of it as it compiles."""
+    code = """
+import os, tempfile
+folder = tempfile.mkdtemp()
+os.chdir(folder)
+os.rmdir(folder)
+import numpy as np
+import numba_attn as na
+q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
+def damped(score, b, h, i, j):
+    return score * 0.5
+def near(b, h, i, j):
+    return abs(i - j) < 9
+for options in ({}, {"score_mod": damped}, {"mask": na.mask_mod(near)}):
+    want = na.reference.attention(q, k, v, **options)
+    out, pullback = na.attention_vjp(q, k, v, **options)
+    assert np.abs(out - want).max() < 1e-5 and np.isfinite(pullback(out).dq).all()
+try:
+    os.getcwd()
+except FileNotFoundError:
+    print("still gone")
+"""
+    folder = warm[0] if cache == "filled" else tmp_path
+    done = run_python(code, env={"NUMBA_ATTN_CACHE_DIR": str(folder)})
+    assert done.stdout == "still gone\n" and not done.stderr
 
 
 # ---- other CPUs ----
@@ -341,6 +396,69 @@ def test_an_edit_of_any_source_file_makes_new_kernels(tmp_path: Path) -> None:
     assert after[2] != before[2]
 
 
+def zipped(folder: Path, file: Path) -> Path:
+    """A zip of what is in the folder, with no times in it: two zips differ where the files differ."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix()), path.read_bytes())
+    return file
+
+
+def without_sources(folder: Path) -> None:
+    """Every .py file becomes a .pyc in its place."""
+    assert compileall.compile_dir(folder, quiet=2, legacy=True, force=True, invalidation_mode=UNCHECKED)
+    for source in folder.rglob("*.py"):
+        source.unlink()
+
+
+@pytest.mark.parametrize("form", ["zip", "pyc", "zip of pyc"])
+def test_an_edit_counts_wherever_the_package_lies(form: str, tmp_path: Path) -> None:
+    """A zipapp, Spark's --py-files, an install without sources: as much as in a folder."""
+
+    def packed(name: str, constant: str) -> Path:
+        folder = copied_package(tmp_path / name)
+        edited = folder / "numba_attn" / "online.py"
+        source = edited.read_text()
+        assert "LOG2E = 1.44269" in source
+        edited.write_text(source.replace("LOG2E = 1.44269", constant))
+        if "pyc" in form:
+            without_sources(folder)
+        return zipped(folder, tmp_path / f"{name}.zip") if "zip" in form else folder
+
+    cache = {"NUMBA_ATTN_CACHE_DIR": tmp_path / "cache", "PYTHONDONTWRITEBYTECODE": "1"}
+    before, after = packed("before", "LOG2E = 1.44269"), packed("after", "LOG2E = 1.54269")
+    first = one_call("--right", package=before, **cache)
+    assert first[:2] == ("compiled", 0)
+    assert one_call(package=before, **cache) == ("loaded", 0, first[2])
+    how, warned, result = one_call(package=after, **cache)
+    assert (how, warned) == ("compiled", 0) and result != first[2]
+    code = """
+from numba_attn import cache
+from numba_attn.app import demo
+assert len(demo.load_digits()[0]) == 1797
+print(cache.PACKAGE, cache.fingerprint("cpu"), cache.fingerprint("cuda"))
+"""
+    answers = [run_python(code, package=package).stdout.split() for package in (before, after)]
+    assert [Path(answer[0]).parent for answer in answers] == [before, after]
+    assert not set(answers[0]) & set(answers[1]), "the PTX of the GPU's kernels is kept under the other fingerprint"
+
+
+def test_a_newer_numba_costs_only_the_cache(tmp_path: Path) -> None:
+    """One that nobody has run the tests with: it is warned of once, and its private cache classes are left alone."""
+    newer = """
+import sys
+from numba_attn.cpu import compile
+compile.NEWEST_TESTED = (0, 1)
+sys.modules["numba_attn.cpu.disk"] = None  # whoever imports it now fails
+"""
+    env: dict[str, str | None] = {"NUMBA_ATTN_CACHE_DIR": str(tmp_path)}
+    done = run_python(newer + ONE_CALL, "--right", env=env)
+    how, warned, _ = done.stdout.splitlines()
+    assert (how, warned) == ("compiled", "1") and "is newer than 0.1, the newest that" in done.stderr
+    assert not any(path.suffix in (".nbi", ".nbc") for path in tmp_path.rglob("*"))
+
+
 def test_no_writable_folder_costs_only_the_cache(tmp_path: Path) -> None:
     """A file stands where each folder would be, which stops root, too."""
     package = copied_package(tmp_path)
@@ -407,6 +525,43 @@ assert len({lines[2] for lines in outputs}) == 1
         env={"NUMBA_ATTN_CACHE_DIR": str(tmp_path)},
     )
     assert one_call("--right", NUMBA_ATTN_CACHE_DIR=tmp_path)[0] == "loaded"
+
+
+@pytest.mark.slow
+def test_a_cache_filled_ahead_of_time_by_processes_at_once(tmp_path: Path) -> None:
+    """What a Dockerfile does, and a cluster whose nodes all start it. Then no call compiles, also where a user may only
+    read the folder."""
+    env: dict[str, str | None] = {"NUMBA_ATTN_CACHE_DIR": str(tmp_path)}
+    run_python(
+        """
+import subprocess, sys
+command = [sys.executable, "-m", "numba_attn", "compile", "--dtype", "float32", "float16"]
+started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+assert [process.wait(timeout=900) for process in started] == [0, 0, 0]
+""",
+        env=env,
+    )
+    read_only = """
+import tempfile
+def refuse(*args, **kwargs):
+    raise PermissionError("read-only")
+tempfile.TemporaryFile = refuse
+"""
+    calls = """
+import warnings
+import numpy as np
+import numba_attn as na
+from numba_attn.cpu.compile import LOG
+warnings.simplefilter("error")
+for dtype in ("float32", "float16"):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 512, 64)).astype(dtype)
+    out, pullback = na.attention_vjp(q, k, v, causal=True)
+    pullback(out)
+    na.attention_jvp(q, k, v, q, None, None, softcap=2.0)
+assert len(LOG) == 7 and {how for _, _, how in LOG} == {"loaded"}, LOG
+"""
+    for code in (calls, read_only + calls):
+        run_python(code, env={**env, "NUMBA_NUM_THREADS": "2"})
 
 
 def test_kernels_compiled_in_two_processes_load_into_one(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The command line: `numba-attn demo`, `numba-attn info`, `numba-attn bench`."""
+"""The command line: `numba-attn demo`, `numba-attn info`, `numba-attn compile`, `numba-attn bench`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -11,26 +12,41 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from numba_attn.app.terminal import Output, OutputFailed
 
 VARIABLES = ("NUMBA", "OMP_", "KMP_", "TBB_", "MKL_NUM", "OPENBLAS_NUM", "GOMP_")  # what changes speed or threads
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Bad arguments end with a message and exit status 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Run one command. Bad arguments end with a message and exit status 2, an output that cannot be written with 1."""
+    if sys.stdout is None:  # Python's word for a standard output that was closed before it started
+        print("numba-attn: standard output is closed", file=sys.stderr)
+        return 1
+    output = Output(sys.stdout)
     try:
-        return args.command(args, args.parser)
+        with contextlib.redirect_stdout(output):
+            try:
+                args = _parser().parse_args(argv)
+                return args.command(args, args.parser)
+            finally:
+                output.flush()
     except KeyboardInterrupt:
         return 130
+    except OutputFailed as why:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is left goes there when Python ends
+        print(f"numba-attn: standard output takes no more: {why}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="numba-attn", description="Attention for NumPy, compiled by Numba.")
     parser.add_argument("--version", action="version", version=_version("numba-attn"))
-    commands = parser.add_subparsers(required=True, metavar="{demo,info,bench}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,info,compile,bench}")
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -45,6 +61,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "versions, threads, SIMD width, tiles and cache folder: what a bug report needs")
 
+    ahead = command(
+        "compile", _compile, "fill the kernel cache ahead of time, for this CPU or the one that NUMBA_CPU_NAME names"
+    )
+    ahead.add_argument(
+        "passes", nargs="*", type=_one_of("forward", "backward", "jvp"), metavar="PASS",
+        help="of forward, backward (with the forward pass of attention_vjp) and jvp (default: all three)",
+    )  # fmt: skip
+    ahead.add_argument(
+        "--dtype", nargs="+", type=_one_of(*DTYPES), metavar="DTYPE", dest="dtypes", default=DTYPES,
+        help=f"of {', '.join(DTYPES)} (default: all)",
+    )  # fmt: skip
+
     bench = command("bench", _bench, "time one shape against NumPy and the installed peers, a process each, in turns")
     bench.add_argument("--batch", type=_positive, help="default: 1")
     bench.add_argument("--heads", type=_positive, help="default: 8")
@@ -52,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--q-len", type=_positive, help="default: 1024, and with --backend cuda a table of shapes")
     bench.add_argument("--kv-len", type=_positive, help="default: --q-len")
     bench.add_argument("--dim", type=_positive, help="head size (default: 64)")
-    bench.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), help="default: float32")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: float32")
     bench.add_argument("--causal", action="store_true", default=None, help="aligned bottom right")
     bench.add_argument(
         "--window", type=_positive, metavar="KEYS", help="a query sees its last KEYS keys; implies --causal"
@@ -77,6 +105,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, not {text!r}")
     return value
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"takes {', '.join(names)}, not {text!r}")
+        return text
+
+    return checked
 
 
 def _seconds(text: str) -> float:
@@ -173,6 +210,26 @@ def _amx() -> str:
     features = binding.get_host_cpu_features()
     found = [name for name in ("amx-tile", "amx-bf16", "amx-int8", "amx-fp16") if features.get(name)]
     return f"{', '.join(found)}; not used in this release" if found else "no"
+
+
+def _compile(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        parser.error("NUMBA_DISABLE_JIT is set, with which nothing is compiled: unset it")
+    from numba_attn.app.terminal import Progress, seconds_text, table
+    from numba_attn.cpu.launch import ahead
+
+    kernels = ahead.kernels(args.passes or ("forward", "backward", "jvp"), args.dtypes)
+    try:
+        with Progress(len(kernels)) as progress:
+            folder, compiled = ahead.fill(kernels, progress.step)
+    except (RuntimeWarning, OSError) as why:  # what only slows other commands down leaves this one nothing to do
+        print(f"numba-attn compile: {str(why).removeprefix('numba_attn: ')}", file=sys.stderr)
+        return 1
+    print(table(["kernel", "time", ""], [[name, seconds_text(seconds), how] for name, seconds, how in compiled]))
+    print(f"in {folder}")
+    return 0
 
 
 def _bench_cuda(args: argparse.Namespace, parser: argparse.ArgumentParser, cases: list[Any]) -> int:

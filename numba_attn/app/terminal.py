@@ -7,6 +7,33 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any, TextIO
+
+
+class OutputFailed(Exception):
+    """Standard output takes no more: a full disk, a closed pipe. No OSError, which argparse would swallow."""
+
+
+class Output:
+    """Standard output for print and argparse, with failures that tell themselves from other errors of files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OutputFailed(error.strerror) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise OutputFailed(error.strerror) from error
 
 
 class Progress:

@@ -1,24 +1,17 @@
-"""Compiling and caching the entry kernels.
+"""Compiling the entry kernels, or loading them from the cache (disk.py).
 
-Numba's own disk cache keys a kernel by its bytecode: neither constants of other files nor the functions that it calls
-take part, so an edit elsewhere in the package would leave a stale kernel. Here the stamp is a fingerprint of every
-source file of the package, and the SIMD row is part of the file name. With no writable folder, kernels are compiled in
-every process and one warning says so.
-
-The cache classes of Numba that this builds on are private: they are used in this file only, and tests/test_process.py
-fails when they change.
+With no writable folder, or a Numba newer than those that were tested, kernels are compiled in every process and one
+warning says so.
 """
 
 import contextlib
 import gc
-import hashlib
 import itertools
-import pickle
+import os
 import re
-import sys
 import time
 import warnings
-from pathlib import Path
+from functools import cache
 
 import llvmlite.binding as llvm
 import numba
@@ -32,91 +25,35 @@ from numba.core.registry import cpu_target
 from ..cache import cache_folder, fingerprint
 from .simd import ROW
 
+# The newest minor version of Numba that tests/versions.py passed with. A newer one gets no disk cache.
+NEWEST_TESTED = (0, 68)
+
 # What was compiled or loaded in this process: (name, seconds, "compiled" | "loaded"). `numba-attn info` and the
 # benchmarks print it.
 LOG: list[tuple[str, float, str]] = []
 
 
-class _Locator(caching._CacheLocator):
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._py_file = __file__
-
-    def get_cache_path(self):
-        return self._folder
-
-    def get_source_stamp(self):
-        return fingerprint("cpu")
-
-    def get_disambiguator(self):
-        return ROW.name
-
-
-class _Impl(caching.CompileResultCacheImpl):
-    def __init__(self, py_func, name: str, folder: str):
-        self._locator = _Locator(folder)
-        self._lineno = py_func.__code__.co_firstlineno
-        self._filename_base = self.get_filename_base("numba_attn." + name, getattr(sys, "abiflags", ""))
-
-
-class _File(caching.IndexDataCacheFile):
-    """Machine code with a digest in front: a file that a crash cut short must not be run."""
-
-    def save(self, key, data):
-        super().save(key, (repr(key), self._source_stamp, data))
-
-    def load(self, key):
-        """Only what this very key and these very sources wrote: index and data are two files, which two processes may
-        write in turns."""
-        found = super().load(key)
-        return found[2] if found is not None and found[:2] == (repr(key), self._source_stamp) else None
-
-    def _save_data(self, name, data):
-        data = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as f:
-            f.write(hashlib.sha256(data).digest() + data)
-
-    def _load_data(self, name):
-        data = Path(self._data_path(name)).read_bytes()
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
-            raise ValueError("damaged")
-        return pickle.loads(data[32:])
-
-
-class _Cache(caching.Cache):
-    def __init__(self, py_func, name: str, folder: str):
-        self._name, self._py_func = name, py_func
-        self._impl = _Impl(py_func, name, folder)
-        self._cache_path = folder
-        self._cache_file = _File(folder, self._impl.filename_base, fingerprint("cpu"))
-        self.enable()
-
-    def _index_key(self, sig, codegen):
-        """Signature and target: the sources, closures included, are in the stamp."""
-        return sig, codegen.magic_tuple()
-
-    def load_overload(self, sig, target_context):
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever a damaged file makes pickle raise: compile anew, and write the files anew
-            with contextlib.suppress(OSError):
-                self.flush()
-            return None
-
-    def save_overload(self, sig, data):
-        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone by now
-            super().save_overload(sig, data)
+@cache
+def _tested() -> bool:
+    """Whether this Numba is one whose private classes are known; a warning if not."""
+    if numba.version_info.short <= NEWEST_TESTED:
+        return True
+    warnings.warn(
+        f"numba_attn: Numba {numba.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED))}, the newest that "
+        "numba_attn was tested with, so kernels are not kept on disk but compiled anew in every process (some seconds)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def _cache_for(py_func, name):
-    folder = cache_folder()
-    try:
-        return _Cache(py_func, name, folder) if folder else caching.NullCache()
-    except (AttributeError, TypeError) as error:  # Numba's private classes have changed
-        warnings.warn(
-            f"numba_attn: no kernel cache with Numba {numba.__version__} ({error})", RuntimeWarning, stacklevel=3
-        )
+    folder = cache_folder() if _tested() else None
+    if folder is None:
         return caching.NullCache()
+    from .disk import KernelCache  # here: an untested Numba may lack what it builds on
+
+    return KernelCache(py_func, name, folder)
 
 
 # ---------------------------------------------------------------- inner functions
@@ -130,6 +67,13 @@ class _InnerLibrary(JITCodeLibrary):
     """A library to link from. Should anyone ask for the address of a function in it after all, it is finished then."""
 
     _added = False
+
+    def add_ir_module(self, ir_module):
+        # The attribute is set here and not in LLVM's module, where the llvmlite of Numba before 0.66 misplaces it.
+        for fn in ir_module.functions:
+            if not fn.is_declaration and any(name in fn.name for name in _OUTLINED):
+                fn.attributes.add("noinline")
+        super().add_ir_module(ir_module)
 
     def _optimize_final_module(self):
         pass
@@ -172,8 +116,6 @@ class _KernelLibrary(JITCodeLibrary):
         for fn in self._final_module.functions:
             if not fn.is_declaration and fn.linkage == llvm.Linkage.linkonce_odr:
                 fn.linkage = llvm.Linkage.internal
-                if any(name in fn.name for name in _OUTLINED):
-                    fn.add_function_attribute("noinline")
         super()._optimize_final_module()
 
 
@@ -205,6 +147,30 @@ def _inner_libraries(kernel: str):
                 gc.enable()
 
 
+@contextlib.contextmanager
+def _working_folder():
+    """Numba asks for the working folder as it compiles. Where that was deleted the process is lent the root, until the
+    kernel is there; call it with Numba's lock held, so that no thread's folder is taken back under another."""
+    try:
+        os.getcwd()
+        lost = None
+    except FileNotFoundError:
+        try:
+            lost = os.open(".", os.O_RDONLY)
+        except OSError:
+            raise RuntimeError(
+                "numba_attn: the working folder was deleted, and Numba cannot compile without one: "
+                "os.chdir to a folder that exists"
+            ) from None
+        os.chdir("/")
+    try:
+        yield
+    finally:
+        if lost is not None:
+            os.fchdir(lost)
+            os.close(lost)
+
+
 # ---------------------------------------------------------------- entry kernels
 
 
@@ -218,7 +184,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
     c = CFunc(py_func, (args, ret), locals={}, options={"nopython": True, "error_model": "numpy"})
     if cached:
         c._cache = _cache_for(py_func, name)
-    with _inner_libraries(py_func.__qualname__):
+    with _inner_libraries(py_func.__qualname__), _working_folder():
         c.compile()
     _KEEP.append(c)
     LOG.append((name, time.perf_counter() - start, "loaded" if c.cache_hits else "compiled"))
@@ -234,7 +200,8 @@ def compile_entry(py_func, signature, name: str, parallel: bool = False):
     start = time.perf_counter()
     dispatcher = njit(nogil=True, parallel=parallel, error_model="numpy")(py_func)
     dispatcher._cache = _cache_for(py_func, name)
-    dispatcher.compile(signature)
+    with global_compiler_lock, _working_folder():
+        dispatcher.compile(signature)
     dispatcher.disable_compile()
     hit = bool(sum(dispatcher.stats.cache_hits.values()))
     LOG.append((name, time.perf_counter() - start, "loaded" if hit else "compiled"))

@@ -79,11 +79,9 @@ def _compiled_isa() -> str:
     machine = cpu_target.target_context.codegen()._tm
     probe = llvm.parse_assembly("""
         declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-        define void @probe(ptr %p) {
-            %a = load <16 x float>, ptr %p, align 4
+        define <16 x float> @probe(<16 x float> %a) {
             %b = call <16 x float> @llvm.fma.v16f32(<16 x float> %a, <16 x float> %a, <16 x float> %a)
-            store <16 x float> %b, ptr %p, align 4
-            ret void
+            ret <16 x float> %b
         }""")
     probe.triple = llvm.get_process_triple()
     text = machine.emit_assembly(probe)

@@ -68,7 +68,8 @@ def _share(call, drain, n):
         call_address(drain, call)
 
 
-def _compiled():
+def compiled():
+    """The kernel that starts the threads; compiled, or loaded from the cache."""
     global _parallel
     with _lock:
         if _parallel is None:
@@ -81,13 +82,13 @@ def usable() -> int:
     """How many threads a call may use now: numba.get_num_threads(), or 1 in a child whose threads the fork has lost."""
     if numba.config.NUMBA_NUM_THREADS == 1 or (_forked and layer() == "omp"):
         return 1
-    _compiled()
+    compiled()
     return numba.get_num_threads()
 
 
 def run(call: int, drain: int, n: int) -> None:
     """n threads drain the work items of one call."""
-    kernel = _compiled()
+    kernel = compiled()
     if layer() == "workqueue":
         with _workqueue_lock:
             kernel(call, drain, n)

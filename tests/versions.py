@@ -1,0 +1,140 @@
+"""The quick tests with each minor version of Numba that pyproject.toml admits, a fresh virtual environment each.
+
+    python tests/versions.py                 each minor, all quick tests of the CPU: the whole matrix
+    python tests/versions.py --ends --part sample        what .ci/run does: the oldest and the newest, a sample
+    python tests/versions.py --numba 0.62,0.66 --part kernels
+
+The oldest Numba runs with the oldest NumPy, and so does the newest once more; the others run with the newest NumPy that
+they accept. Needs pip and an index; nothing but the standard library besides. Exit status 1 if anything fails.
+
+Cost of a row, environment included, on two cores shared with other work (AMD EPYC, AVX-512): "sample" one and a half
+minutes, "kernels" eight, "quick" some twenty.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_NUMPY = "2.0"
+
+# What pytest is given, beside --quick.
+PARTS = {
+    "quick": ["tests", "--ignore=tests/cuda"],
+    "kernels": [f"tests/test_{name}.py" for name in ("attention", "simd", "modifiers", "jvp", "dual")],
+    "sample": [
+        "tests/test_simd.py",
+        "tests/test_modifiers.py",
+        "tests/test_attention.py",
+        "-k",
+        "simd or modifiers or everything",
+    ],
+}
+
+
+def requirements() -> list[str]:
+    """What the package and its tests need, as pyproject.toml has it. The package itself is run where it lies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["dependencies"] + project["optional-dependencies"]["test"]
+
+
+def admitted_minors() -> list[str]:
+    """The minor versions of Numba on the index, from the lower bound of pyproject.toml to the newest, as "0.61"."""
+    (bound,) = (m[1] for d in requirements() if (m := re.fullmatch(r"numba>=([\d.]+)", d)))
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "index", "versions", "numba"], capture_output=True, text=True, check=True
+    ).stdout
+    (line,) = re.findall(r"^Available versions: (.*)$", listing, re.MULTILINE)
+    found = {number(version) for version in line.split(", ")}
+    return [f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= number(bound)]
+
+
+def number(version: str) -> tuple[int, int]:
+    """ "0.61.2" -> (0, 61)."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def matrix(minors: list[str]) -> list[tuple[str, str | None]]:
+    """(Numba, NumPy or None for the newest that it accepts) of each row."""
+    rows: list[tuple[str, str | None]] = [(minor, None) for minor in minors]
+    rows[0] = (minors[0], OLDEST_NUMPY)
+    if len(minors) > 1:
+        rows.append((minors[-1], OLDEST_NUMPY))
+    return rows
+
+
+def run(numba: str, numpy: str | None, part: str, folder: Path) -> dict[str, str]:
+    """One row of the table: the environment made in `folder`, and the tests run in it."""
+    start = time.perf_counter()
+    row = {"numba": numba, "numpy": numpy or "newest", "passed": "", "failed": "", "skipped": "", "seconds": ""}
+    venv.create(folder)
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    wanted = [f"numba=={numba}.*", *([f"numpy=={numpy}.*"] if numpy else []), *requirements()]
+    install = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", *wanted],
+        capture_output=True,
+        text=True,
+    )
+    if install.returncode:
+        print(install.stderr, flush=True)
+        return row | {"failed": "does not install", "seconds": f"{time.perf_counter() - start:.0f}"}
+    ask = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('numba', 'numpy')}))"
+    row |= json.loads(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    tests = subprocess.run(
+        [python, "-m", "pytest", "-q", "--quick", "-p", "no:cacheprovider", *PARTS[part]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_ATTN_CACHE_DIR": str(folder / "kernels")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last = tests.stdout.rstrip().rpartition("\n")[2]
+    counts = {word: count for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    failed = int(counts.get("failed", 0)) + int(counts.get("error", 0))
+    if tests.returncode:
+        print(tests.stdout, flush=True)
+        failed = failed or f"exit status {tests.returncode}"
+    row |= {"passed": counts.get("passed", "0"), "failed": str(failed), "skipped": counts.get("skipped", "0")}
+    return row | {"seconds": f"{time.perf_counter() - start:.0f}"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, default="quick", help="which tests (default: quick)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--ends", action="store_true", help="the oldest and the newest Numba alone")
+    chosen.add_argument("--numba", metavar="0.61,0.68", help="these minor versions alone")
+    args = parser.parse_args()
+    minors = admitted_minors()
+    if args.numba:
+        asked = args.numba.split(",")
+        if unknown := [minor for minor in asked if minor not in minors]:
+            parser.error(f"--numba: {unknown[0]!r} is none of {', '.join(minors)}")
+        minors = [minor for minor in minors if minor in asked]
+    if args.ends:
+        rows = [(minors[0], OLDEST_NUMPY), (minors[-1], None)]
+    else:
+        rows = matrix(minors)
+    print(f"Python {sys.version.split()[0]}, tests: {args.part}", flush=True)
+    line = "{numba:<10}{numpy:<10}{passed:>8}{failed:>18}{skipped:>9}{seconds:>9}"
+    print(line.format_map({name: name for name in re.findall(r"\w+(?=:)", line)}), flush=True)
+    failed = False
+    for numba, numpy in rows:
+        with tempfile.TemporaryDirectory(prefix="numba-attn-") as folder:
+            row = run(numba, numpy, args.part, Path(folder))
+        print(line.format_map(row), flush=True)
+        failed |= row["failed"] != "0"
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
