@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import seeds
 
 import numba_attn as na
 
@@ -79,7 +80,7 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], how: str, dtype: np.d
 
 def build(case: Case) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
     """The case's (q, k, v) in its layout and its keyword arguments, the same at every call."""
-    rng = np.random.default_rng(seed_of(case.name))
+    rng = seeds.generator(seed_of(case.name))
     (hq, hkv), (dk, dv), dtype = case.heads, case.dims, DTYPES[case.dtype]
     q = draw(rng, (case.batch, hq, case.q_len, dk), case.draw, np.dtype(np.float64)) * case.spread
     k = draw(rng, (case.batch, hkv, case.kv_len, dk), case.draw, dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+import seeds
 from cases import (
     BY_NAME,
     CASES,
@@ -29,17 +30,14 @@ from cases import (
     limits,
     variant,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import attention as naive
 from naive import resolve, rounding, truth
 
 import numba_attn as na
 
-settings.register_profile(
-    "numba_attn", derandomize=True, deadline=None, max_examples=200, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)  # fmt: skip
+settings.register_profile("numba_attn", seeds.hypothesis_profile(200))
 settings.load_profile("numba_attn")
 
 
@@ -244,7 +242,7 @@ def test_strides_of_inputs(form: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_broadcast_inputs(dtype: str) -> None:
     """Zero strides: one q for every head, one k for every batch row, one v row for every key."""
-    rng = np.random.default_rng(3)
+    rng = seeds.generator(3)
     q = np.broadcast_to(draw(rng, (2, 1, 63, 40), "normal", DTYPES[dtype]), (2, 4, 63, 40))
     k = np.broadcast_to(draw(rng, (1, 2, 203, 40), "normal", DTYPES[dtype]), (2, 2, 203, 40))
     v = np.broadcast_to(draw(rng, (2, 2, 1, 33), "normal", DTYPES[dtype]), (2, 2, 203, 33))
@@ -328,7 +326,7 @@ def test_options_in_strided_memory() -> None:
         assert na.attention(*arrays, **(options | {"aux": (form(table),)})).tobytes() == want.tobytes()
     arrays, options = build(BY_NAME["intervals-heads"])
     want = na.attention(*arrays, **options)
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     start, end = rng.integers(0, 204, (2, 2, 4, 239))
     want = na.attention(*arrays, mask=na.intervals(start, end))
     for form in (
@@ -394,7 +392,7 @@ def test_many_keys_causal(draw_from: str) -> None:
 @pytest.mark.parametrize("factor", [1e-3, 50.0, 1e4])
 def test_logits_of_any_size(factor: float, dtype: str) -> None:
     """The maximum is found a block at a time: it rises late, early, and far."""
-    rng = np.random.default_rng(5)
+    rng = seeds.generator(5)
     q, k, v = (
         draw(rng, shape, "normal", DTYPES[dtype]) for shape in ((1, 1, 63, 64), (1, 1, 799, 64), (1, 1, 799, 64))
     )
@@ -440,7 +438,7 @@ def test_every_half_number(dtype: str) -> None:
 def test_a_true_that_is_not_1() -> None:
     """A bool array made by a view may hold any byte; NumPy takes all but 0 as True."""
     arrays, _ = build(BY_NAME["plain-63x203"])
-    bytes_ = np.random.default_rng(0).integers(0, 4, (63, 203)).astype(np.uint8) * 64
+    bytes_ = seeds.generator(0).integers(0, 4, (63, 203)).astype(np.uint8) * 64
     mask = bytes_.view(bool)
     want = na.attention(*arrays, mask=bytes_ > 0)
     assert na.attention(*arrays, mask=mask).tobytes() == want.tobytes()
@@ -466,7 +464,7 @@ def problems(draw_: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     heads, sq, sk = group * kv_heads, draw_(SIZES), draw_(SIZES)
     dk, dv = draw_(st.sampled_from([1, 3, 8, 16, 40, 59, 64, 65, 80])), draw_(st.sampled_from([1, 2, 8, 17, 64, 70]))
     dtype = DTYPES[draw_(st.sampled_from(list(DTYPES)))]
-    rng = np.random.default_rng(draw_(st.integers(0, 2**32 - 1)))
+    rng = seeds.generator(draw_(st.integers(0, 2**32 - 1)))
     forms = st.sampled_from([lambda x: x, *FORMS])
     q, k, v = (
         draw_(forms)(draw(rng, shape, "normal", dtype))
@@ -549,7 +547,7 @@ def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -
 @settings(max_examples=12)
 def test_drawn_sequences_cover_every_row_once(seed: int, length: int, parts: int) -> None:
     """Packed self-attention written four ways gives the same visible pairs, hence numbers that agree."""
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     cu = np.concatenate([[0], np.sort(rng.integers(0, length + 1, parts - 1)), [length]])
     ids = np.repeat(np.arange(parts), np.diff(cu))
     q, k, v = (rng.standard_normal((1, 2, length, 24)).astype(np.float32) for _ in range(3))
@@ -597,7 +595,7 @@ def test_the_rule_can_fail() -> None:
     eps = rounding(np.dtype(np.float32))
     near(yardstick, want, yardstick, "out", eps, eps)
     last = np.arange(63)[:, None] == 62
-    noise = 3e-7 * np.random.default_rng(0).standard_normal(want.shape)
+    noise = 3e-7 * seeds.generator(0).standard_normal(want.shape)
     for wrong in (want * (1 + 4e-6), np.where(last, np.nan, want), np.where(last, 0, want), want + 2e-6, want + noise):
         with pytest.raises(AssertionError, match="out: "):
             near(wrong, want, yardstick, "out", eps, eps)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 from cases import (
     BY_NAME,
     CASES,
@@ -63,7 +64,7 @@ def float_aux(options: dict[str, Any]) -> tuple[int, ...]:
 
 def cotangents(q: np.ndarray, v: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(dout, dlse) for these arguments, in every layout."""
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     lse_dtype = np.float64 if q.dtype == np.float64 else np.float32
     dout = rng.standard_normal((*q.shape[:-1], v.shape[-1])).astype(q.dtype)
     return dout, rng.standard_normal(q.shape[:-1]).astype(lse_dtype)
@@ -151,7 +152,7 @@ def sums_of_halves(
         naive_attention(np.float32, *arrays, weights_dtype=dtype, **options)[0], options.get("layout", "bhsd")
     )
     off = (dout.astype(np.float64) * (rounded.astype(dtype).astype(np.float64) - exact)).sum(-1)
-    rng, found = np.random.default_rng(0), dict.fromkeys(names, 0.0)
+    rng, found = seeds.generator(0), dict.fromkeys(names, 0.0)
     for _ in range(4):
         signs = rng.choice([-1.0, 1.0], off.shape)
         shifted = (0.0 if dlse is None else dlse) - signs * np.abs(off)
@@ -283,7 +284,7 @@ def test_strides_of_inputs(form: Any, dtype: str) -> None:
 
 def test_broadcast_inputs() -> None:
     """Zero strides; the gradients are those of an array of the full shape. A dout of ones takes one number."""
-    rng = np.random.default_rng(3)
+    rng = seeds.generator(3)
     q = np.broadcast_to(draw(rng, (2, 1, 63, 40), "normal", DTYPES["float32"]), (2, 4, 63, 40))
     k = np.broadcast_to(draw(rng, (1, 2, 203, 40), "normal", DTYPES["float32"]), (2, 2, 203, 40))
     v = np.broadcast_to(draw(rng, (2, 2, 1, 33), "normal", DTYPES["float32"]), (2, 2, 203, 33))
@@ -333,7 +334,7 @@ def gradcheck(
     named = dict(zip("qkv", arrays, strict=True))
     named |= {name: options[name] for name in ("bias", "sinks", "alibi_slopes") if name in options}
     named |= {f"aux{n}": options["aux"][n] for n in float_aux(options)}
-    rng = np.random.default_rng(2)
+    rng = seeds.generator(2)
     assert [f"d{name}" for name in named] == [name for name, _ in entries(grads)]
     for name, gradient in entries(grads):
         x = named[name[1:]]
@@ -355,13 +356,13 @@ def gradcheck(
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape)
+    return seeds.generator(seed).standard_normal(shape)
 
 
-EMPTY_ROWS = np.random.default_rng(5).random((7, 19)) < 0.3
+EMPTY_ROWS = seeds.generator(5).random((7, 19)) < 0.3
 EMPTY_ROWS[[0, 3]] = False
 ONE_KEY = np.arange(19) == (5 * np.arange(7)[:, None]) % 19
-HIDDEN_BIAS = np.where(np.random.default_rng(6).random((4, 7, 19)) < 0.2, -np.inf, normal(4, 7, 19))
+HIDDEN_BIAS = np.where(seeds.generator(6).random((4, 7, 19)) < 0.2, -np.inf, normal(4, 7, 19))
 # B 2, Hq 4, Hkv 2, Sq 7, Sk 19
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -435,7 +436,7 @@ def smooth_problems(draw_: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str,
     group, kv_heads, batch = draw_(st.integers(1, 3)), draw_(st.integers(1, 2)), draw_(st.integers(1, 2))
     heads, sq, sk = group * kv_heads, draw_(sizes), draw_(sizes)
     dk, dv = draw_(st.sampled_from([1, 3, 5, 9, 17])), draw_(st.sampled_from([1, 2, 7, 19]))
-    rng = np.random.default_rng(draw_(st.integers(0, 2**32 - 1)))
+    rng = seeds.generator(draw_(st.integers(0, 2**32 - 1)))
     q, k, v = (
         rng.standard_normal((batch, h, s, d)) for h, s, d in ((heads, sq, dk), (kv_heads, sk, dk), (kv_heads, sk, dv))
     )
@@ -509,7 +510,7 @@ def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -
 @pytest.mark.parametrize("dims", [(16, 8), (16, 1)])
 def test_a_visible_value_row_of_nan(dims: tuple[int, int]) -> None:
     """Where every number of a row of out is NaN, the row still does not pass for one that sees nothing."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k = (rng.standard_normal((1, 2, 6, dims[0])).astype(np.float32) for _ in range(2))
     v = rng.standard_normal((1, 2, 6, dims[1])).astype(np.float32)
     v[:, :, 2] = np.nan
@@ -525,7 +526,7 @@ def test_a_visible_value_row_of_nan(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("factor", [1e3, 1e5, 1e8, 1e10])
 def test_weights_stay_weights(factor: float) -> None:
     """lse is a rounded number: with scores of 1e8 it may be smaller than the largest of them by 8."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v, dout = (rng.standard_normal((1, 1, 64, 16)).astype(np.float32) for _ in range(4))
     q *= np.float32(factor)
     _, pullback = na.attention_vjp(q, k, v)
@@ -572,7 +573,7 @@ def t5(s, b, h, i, j, table):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_relative_position_table_is_learned(dtype: str) -> None:
     """T5's table, found again by gradient descent from what attention with it gave."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v = (rng.standard_normal((4, heads, 70, 24)).astype(dtype) for heads in (4, 2, 2))
     wanted, table = rng.standard_normal((16, 4)).astype(dtype), np.zeros((16, 4), dtype)
     target = na.attention(q, k, v, score_mod=t5, aux=(wanted,))
@@ -628,7 +629,7 @@ def dense_in_blocks(
 
 def test_long_sums() -> None:
     """8,192 queries and keys in [0, 1): sums of one sign, where one running chain is many times worse than NumPy."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v, dout = (rng.random((8192, 64), dtype=np.float32) for _ in range(4))
     want = dense_in_blocks(np.float64, q, k, v, dout, 512)
     dense = dense_in_blocks(np.float32, q, k, v, dout, 512)
@@ -665,7 +666,7 @@ def test_the_rule_can_fail() -> None:
     acc, slack = np.dtype(np.float32), 1e-7 * size
     near(dense, want, dense, "dq", acc, slack, False)
     last = np.arange(63)[:, None] == 62
-    noise = 3e-6 * np.random.default_rng(0).standard_normal(want.shape)
+    noise = 3e-6 * seeds.generator(0).standard_normal(want.shape)
     for wrong in (want * (1 + 2e-5), np.where(last, np.nan, want), np.where(last, 0, want), want + noise):
         with pytest.raises(AssertionError, match="dq: "):
             near(wrong.astype(np.float32), want, dense, "dq", acc, slack, False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 from cases import (
     BY_NAME,
     CASES,
@@ -312,7 +313,7 @@ def score_mod_hides(case: Case) -> bool:
 def test_hidden_rows_change_no_bit(case: Case, what: str) -> None:
     """q, dout, out, lse and dlse of rows that see nothing, k and v rows that no query sees, and every hidden finite
     pair of the bias. Their own gradients are 0."""
-    rng = np.random.default_rng(1)
+    rng = seeds.generator(1)
     arrays, options = build(case)
     out, lse = na.attention(*arrays, **options, return_lse=True)
     dout, dlse = cotangents(arrays[0], arrays[2])
@@ -348,13 +349,13 @@ def test_hidden_rows_change_no_bit(case: Case, what: str) -> None:
 
 
 KINDS = PARTIAL | {
-    "bias-full": dict(mask=PARTIAL["mask"]["mask"], bias=np.random.default_rng(4).standard_normal((2, 4, 130, 130))),
-    "bias-shared": dict(causal=True, bias=np.random.default_rng(4).standard_normal((4, 130, 130))),
+    "bias-full": dict(mask=PARTIAL["mask"]["mask"], bias=seeds.generator(4).standard_normal((2, 4, 130, 130))),
+    "bias-shared": dict(causal=True, bias=seeds.generator(4).standard_normal((4, 130, 130))),
     "alibi-by-hand": dict(causal=True, score_mod=alibi_by_hand),
-    "table": dict(window=(9, 40), score_mod=table_by_distance, aux=(np.random.default_rng(3).random((4, 130)),)),
+    "table": dict(window=(9, 40), score_mod=table_by_distance, aux=(seeds.generator(3).random((4, 130)),)),
     "softcap-mask": dict(mask=PARTIAL["mask"]["mask"], softcap=2.0),
     "dropout-mask": dict(mask=PARTIAL["mask"]["mask"], dropout_p=0.3, seed=3),
-    "empty-rows": dict(mask=np.random.default_rng(0).random((130, 130)) < 0.02),
+    "empty-rows": dict(mask=seeds.generator(0).random((130, 130)) < 0.02),
     "sinks-lengths": dict(mask=na.lengths([100, 130], [90, 130]), sinks=np.ones(4)),
 }
 
@@ -473,7 +474,7 @@ def test_a_visible_infinity(value: float, dtype: str) -> None:
 def test_a_bias_that_is_not_finite(dtype: str, value: float) -> None:
     """In a visible pair its row is NaN, behind a mask it is nothing; dbias is 0 at every hidden pair either way."""
     arrays, options, seen = partial_problem("mask", dtype)
-    added = np.random.default_rng(8).standard_normal((2, 4, 130, 130)).astype(np.float32)
+    added = seeds.generator(8).standard_normal((2, 4, 130, 130)).astype(np.float32)
     want = na.attention_vjp(*arrays[:3], **options, bias=added)[1](*arrays[3:])
     assert not want.dbias[~seen].any() and want.dbias[seen].all()
     hidden = np.where(seen, added, np.float32(value))

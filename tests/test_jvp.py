@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 from cases import BY_NAME, CASES, DTYPES, Case, build, from_layout, seed_of
 from test_nan import PARTIAL
 
@@ -15,7 +16,7 @@ TOLERANCE = {"float64": 2e-13, "float32": 4e-5, "float16": 4e-3, "bfloat16": 3e-
 
 def directions(case: Case, arrays: Any, options: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
     """A random direction for every argument that has one."""
-    rng = np.random.default_rng(seed_of(case.name) + 1)
+    rng = seeds.generator(seed_of(case.name) + 1)
     dots = [rng.standard_normal(x.shape).astype(x.dtype) for x in arrays]
     more: dict[str, Any] = {}
     for name in ("bias", "sinks", "alibi_slopes"):
@@ -63,7 +64,7 @@ def test_transpose_of_the_pullback(name: str) -> None:
     asked = tuple(n for n, a in enumerate(options.get("aux", ())) if a.dtype.kind not in "iub")
     (out, lse), (out_dot, lse_dot) = na.attention_jvp(*arrays, *dots, **options, **more, return_lse=True)
     _, pullback = na.attention_vjp(*arrays, **options, aux_grad=asked)
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     dout, dlse = rng.standard_normal(out.shape), np.where(np.isfinite(lse), rng.standard_normal(lse.shape), 0.0)
     grads = pullback(dout, dlse)
     forward = float((dout * out_dot).sum() + (dlse * lse_dot).sum())
@@ -84,7 +85,7 @@ def test_absent_tangents_are_zero(given: int, dtype: str) -> None:
     arrays, options = build(BY_NAME["gqa-4"])
     arrays = tuple(x.astype(DTYPES[dtype]) for x in arrays)
     dots = [np.zeros_like(x) for x in arrays]
-    dots[given] = np.random.default_rng(0).standard_normal(arrays[given].shape).astype(DTYPES[dtype])
+    dots[given] = seeds.generator(0).standard_normal(arrays[given].shape).astype(DTYPES[dtype])
     zeros = na.attention_jvp(*arrays, *dots, **options)
     absent = na.attention_jvp(*arrays, *(x if n == given else None for n, x in enumerate(dots)), **options)
     for x, y in zip(zeros, absent, strict=True):
@@ -97,7 +98,7 @@ def test_absent_tangents_are_zero(given: int, dtype: str) -> None:
 def test_nan_in_a_hidden_tangent(kind: str) -> None:
     """A tangent that no visible pair reads changes no bit; one that is visible makes the rows that see it NaN."""
     options = PARTIAL[kind]
-    rng = np.random.default_rng(2)
+    rng = seeds.generator(2)
     q, k, v = (rng.standard_normal((2, 4, 130, 40)).astype(np.float32) for _ in range(3))
     dots = [rng.standard_normal(x.shape).astype(np.float32) for x in (q, k, v)]
     out, out_dot = na.attention_jvp(q, k, v, *dots, **options)
@@ -117,7 +118,7 @@ def test_nan_in_a_hidden_tangent(kind: str) -> None:
 
 @pytest.mark.parametrize("form", ["strided", "broadcast", "shd"])
 def test_strides(form: str) -> None:
-    rng = np.random.default_rng(4)
+    rng = seeds.generator(4)
     arrays = [rng.standard_normal((1, 2, 70, 40)).astype(np.float32) for _ in range(6)]
     want = na.attention_jvp(*arrays, causal=True)
     if form == "strided":

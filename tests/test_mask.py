@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 import pytest
+import seeds
 
 import numba_attn
 from numba_attn import mask as mask_module
@@ -104,7 +105,7 @@ def test_keywords_mean_the_parts(q_len, kv_len, align):
 
 
 def test_parts_by_loops():
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     batch, heads, q_len, kv_len = 3, 2, 6, 8
     kv_lengths, q_lengths = np.array([0, 8, 5]), np.array([6, 3, 0])
     q_ids, kv_ids = rng.integers(0, 3, (batch, q_len)), rng.integers(0, 3, (batch, kv_len))
@@ -180,7 +181,7 @@ def some_parts(rng, batch, heads, q_len, kv_len):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_bounds_equal_formulas_for_any_combination(count):
-    rng = np.random.default_rng(count)
+    rng = seeds.generator(count)
     for _ in range(150):
         size = tuple(int(n) for n in rng.integers((0, 1, 0, 0), (4, 3, 9, 9)))
         batch, heads, q_len, kv_len = size
@@ -208,7 +209,7 @@ def test_two_sequence_parts_refine_each_other():
 
 
 def test_bool_arrays_broadcast_as_numpy_does():
-    rng = np.random.default_rng(1)
+    rng = seeds.generator(1)
     size = (2, 3, 4, 5)
     for kept in itertools.product([False, True], repeat=4):
         shape = tuple(n if keep else 1 for n, keep in zip(size, kept, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 from cases import BY_NAME, CASES, DTYPES, Case, build, cap_30, checkerboard, from_layout, hides_odd_keys, variant
 from naive import resolve
 
@@ -53,7 +54,7 @@ HIDING = [case for case in CASES if case.name.startswith(tuple(HIDING_NAMES.spli
 @pytest.mark.parametrize("case", HIDING, ids=lambda case: case.name)
 def test_hidden_rows_change_no_bit(case: Case, what: str) -> None:
     """q rows that see nothing, k and v rows that no query sees, and every hidden finite pair of the bias."""
-    rng = np.random.default_rng(1)
+    rng = seeds.generator(1)
     arrays, options = build(case)
     seen = visible_pairs(case, arrays, options)
     q, k, v = (from_layout(x, case.layout) for x in arrays)
@@ -101,9 +102,9 @@ def same(x: np.ndarray, y: np.ndarray, what: str) -> None:
 PARTIAL = {
     "causal": dict(causal=True),
     "window": dict(window=(7, 3)),
-    "mask": dict(mask=np.random.default_rng(0).random((1, 1, 130, 130)) < 0.6),
+    "mask": dict(mask=seeds.generator(0).random((1, 1, 130, 130)) < 0.6),
     "mask-mod": dict(mask=na.mask_mod(checkerboard)),
-    "bias": dict(bias=np.where(np.random.default_rng(0).random((130, 130)) < 0.4, -np.inf, 0.5)),
+    "bias": dict(bias=np.where(seeds.generator(0).random((130, 130)) < 0.4, -np.inf, 0.5)),
     "segments": dict(mask=na.segments(np.arange(130) % 3, np.arange(130) % 3)),
     "intervals": dict(mask=na.intervals(np.arange(130) // 2, 130 - np.arange(130) // 3)),
     "varlen": dict(mask=na.varlen([0, 50, 130], [0, 70, 130])),
@@ -204,7 +205,7 @@ def test_a_visible_bias_that_is_not_finite(dtype: str, value: float) -> None:
 @pytest.mark.parametrize("hide", ["score_mod", "bias"])
 def test_nan_scores_behind_what_hides_by_minus_inf(hide: str) -> None:
     """A key full of NaN that the bias hides: the sum is NaN, but it is the bias that is tested."""
-    rng = np.random.default_rng(2)
+    rng = seeds.generator(2)
     q, k, v = (rng.standard_normal((1, 2, 111, 24)).astype(np.float32) for _ in range(3))
     if hide == "bias":
         options: dict[str, Any] = {"bias": np.where(np.arange(111) % 2 == 1, -np.inf, 0.25)}

@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from py_compile import PycInvalidationMode
 
-import numpy as np
 import pytest
+import seeds
 from cases import SIMD_CASES
 from child import IMPORTED_FROM, run_python
 
@@ -504,7 +504,7 @@ def test_a_damaged_cache_costs_only_the_cache(suffix: str, damage: str, warm: tu
     assert files
     for path in files:
         whole = path.read_bytes()
-        noise = np.random.default_rng(0).bytes(len(whole))
+        noise = seeds.generator(0).bytes(len(whole))
         path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": noise}[damage])
     how, warned, result = one_call("--right", NUMBA_ATTN_CACHE_DIR=folder)
     assert how == "compiled" and result == expected and warned <= 1

@@ -1,5 +1,6 @@
 """The repository stands alone: it names nothing outside itself, and what it names is there."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -58,3 +59,15 @@ def test_named_files_exist(page: Path) -> None:
     folders = [ROOT, page.parent, *(p.parent for p in FILES if p.suffix == ".py")]
     for name in FILE.findall(page.read_text(encoding="utf-8")):
         assert name in OTHERS or any((folder / name).exists() for folder in folders), f"{page.name} names {name}"
+
+
+def test_every_seed_is_moved_by_one_variable() -> None:
+    """Numbers are drawn by seeds.generator alone. Code for child processes stands in strings and is not looked at."""
+    found = []
+    for path in (p for p in FILES if p.suffix == ".py" and p.is_relative_to(ROOT / "tests") and p.name != "seeds.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name = node.func.attr
+                if name in ("RandomState", "seed") or (name in ("default_rng", "Random") and path.parent.name != "ptx"):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -17,6 +17,7 @@ from typing import Any
 
 import emulator
 import numpy as np
+import seeds
 
 import numba_attn as na
 from numba_attn.cuda import backward, forward, tiling
@@ -223,11 +224,11 @@ def by_key_and_distance(s: float, b: int, h: int, i: int, j: int, by_key: np.nda
 
 
 def _bias(shape: tuple[int, ...]) -> dict[str, Any]:
-    return {"bias": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    return {"bias": seeds.generator(1).standard_normal(shape).astype(np.float32)}
 
 
 def _tables(heads: int, kv_len: int) -> dict[str, Any]:
-    rng = np.random.default_rng(2)
+    rng = seeds.generator(2)
     tables = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((heads, kv_len), (kv_len // 8 + 1,)))
     return {"score_mod": by_key_and_distance, "aux": tables, "aux_grad": (0, 1)}
 
@@ -269,7 +270,7 @@ NAMED = {p.name: p for p in [*PROBLEMS, *FEW, *(p for problems in SUMS.values() 
 
 def arrays_of(problem: Problem, dtype: str) -> tuple[np.ndarray, ...]:
     """q, k, v, dout and dlse."""
-    rng = np.random.default_rng(len(problem.name) + problem.kv_len)
+    rng = seeds.generator(len(problem.name) + problem.kv_len)
     p = problem
     q = rng.standard_normal((p.batch, p.heads[0], p.q_len, p.dim))
     k, v = (rng.standard_normal((p.batch, p.heads[1], p.kv_len, p.dim)) for _ in range(2))
@@ -354,7 +355,7 @@ def gradients_of(grads: Any) -> list[np.ndarray]:
 
 def record_convert() -> list[Recorded]:
     """A copy of an array whose axes do not follow on each other, into another type."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     x = rng.standard_normal((9, 7, 100)).astype(np.float16)
     with recording() as device:
         there = placed(x, device)
@@ -414,7 +415,7 @@ def profile(
     for tiles in (1, 2 if what == "decode" else 4):
         rows, cols = t.rows, t.cols * tiles
         shape = (1, cols) if what == "decode" else (cols, rows) if name == "keys" else (rows, cols)
-        rng = np.random.default_rng(tiles)
+        rng = seeds.generator(tiles)
         heads = rows if what == "decode" else 1
         q, dout = (rng.standard_normal((1, heads, shape[0], dim)).astype(numpy_type) for _ in range(2))
         k, v = (rng.standard_normal((1, 1, shape[1], dim)).astype(numpy_type) for _ in range(2))

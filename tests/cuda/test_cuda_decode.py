@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
@@ -89,7 +90,7 @@ def test_case(few: Case, cuda: emulator.EmulatedDevice) -> None:
 def test_packing_decides_nothing(cuda: emulator.EmulatedDevice) -> None:
     """A row's own sequence decides which kernel computes it: short ones among long ones, batches of both, in order and
     not, are computed as they are alone."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q_lens, kv_lens = [3, 40, 0, 8, 17, 1], [300, 300, 60, 520, 30, 1]
     cu_q, cu_k = (np.concatenate([[0], np.cumsum(x)]) for x in (q_lens, kv_lens))
     q = rng.standard_normal((cu_q[-1] + 2, 4, 40)).astype(np.float32)
@@ -113,7 +114,7 @@ def test_packing_decides_nothing(cuda: emulator.EmulatedDevice) -> None:
 
 def cache_of(dtype: str, dim: int, group: int, q_len: int) -> tuple[np.ndarray, ...]:
     """A batch of caches of LENGTHS keys; behind them NaN and infinities."""
-    rng = np.random.default_rng([dim, group])
+    rng = seeds.generator([dim, group])
     q = rng.standard_normal((len(LENGTHS), group, q_len, dim)).astype(DTYPES[dtype])
     k, v = (rng.standard_normal((len(LENGTHS), 1, LENGTHS[-1], dim)).astype(DTYPES[dtype]) for _ in range(2))
     for b, n in enumerate(LENGTHS):
@@ -215,7 +216,7 @@ def same(got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray, np.ndarray]
 
 
 def drawn(dtype: str, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
 
 
@@ -412,7 +413,7 @@ def test_bugs_in_the_merge_are_noticed(kind: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(device, "load", lambda ptx, name=None: loaded.append(ptx) or load(ptx, name))
         na.attention(*drawn("float32", (1, 1, 1, 40), (1, 1, 40, 40), (1, 1, 40, 40)), return_lse=True, backend="cuda")
     ptx = loaded[-1]
-    mutants = mutations.draw(ptx, np.random.default_rng(0), 12, [kind])
+    mutants = mutations.draw(ptx, seeds.generator(0), 12, [kind])
     report = mutations.survivors(problems(ptx), ptx, mutants)
     assert not [str(o) for o in report.survived if o.fate == "survived"]
     assert len(report.survived) <= len(mutants) / 3, "\n".join(map(str, report.survived))

@@ -23,8 +23,8 @@ if __name__ == "__main__":
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
 import mutations
-import numpy as np
 import replay
+import seeds
 
 # (kernel, dtype, seed, mutants)
 DRAWS = [
@@ -64,7 +64,7 @@ def judged(what: str, dtype: str, seed: int, count: int, problems: Any = None, k
 
     def mutants() -> Iterator[mutations.Mutation]:
         more = (kinds,) if kinds else ()
-        for mutation in mutations.draw(ptx, np.random.default_rng(seed), IDLE * count, *more):
+        for mutation in mutations.draw(ptx, seeds.generator(seed), IDLE * count, *more):
             if len(told) == count:
                 return
             yield mutation
@@ -99,7 +99,7 @@ def test_every_bug_is_noticed(what: str, dtype: str, seed: int, count: int) -> N
 def judge(what: str, dtype: str, seed: int, count: int) -> None:
     """Print each mutant's fate, and the survivors with the code around them."""
     ptx, runs = replay.runs_of(what, dtype)
-    drawn = mutations.draw(ptx, np.random.default_rng(seed), count)
+    drawn = mutations.draw(ptx, seeds.generator(seed), count)
     report = mutations.survivors(runs, ptx, drawn, progress=lambda o: print(f"{o.fate}: {o}", flush=True))
     print(report, f"\nnoticed by the checks alone, with the right numbers: {len(report.silent)}")
     for o in report.survived:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
@@ -48,13 +49,13 @@ def cuda(shared: emulator.EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def inputs(dtype: str = "float32", sk: int = SK, hkv: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(3)
+    rng = seeds.generator(3)
     q, k, v = (rng.standard_normal((B, h, s, D)) for h, s in ((H, SQ), (hkv, sk), (hkv, sk)))
     return q.astype(DTYPES[dtype]), k.astype(DTYPES[dtype]), v.astype(DTYPES[dtype])
 
 
 def bias_over(axes: tuple[int, ...], sk: int = SK, dtype: str = "float32", hidden: float = 0.0) -> np.ndarray:
-    rng = np.random.default_rng(7)
+    rng = seeds.generator(7)
     shape = [n if axis in axes else 1 for axis, n in enumerate((B, H, SQ, sk))]
     return np.where(rng.random(shape) < hidden, -np.inf, rng.standard_normal(shape)).astype(DTYPES[dtype])
 
@@ -94,7 +95,7 @@ def test_bias_with_every_option(
     comes between a product and its gradient."""
     monkeypatch.setattr(launch, "BLOCKS", 3)
     sk = SK if dtype in ("float32", "float64") else SK_HALF
-    rng = np.random.default_rng(5)
+    rng = seeds.generator(5)
     options = {
         "mask": na.varlen(np.array([0, 3, 41, 50, SQ]), np.array([0, 9, 9, 17, sk])) & (rng.random((SQ, sk)) < 0.8),
         "causal": True,
@@ -209,7 +210,7 @@ def grad_two(s, b, h, i, j, row):
 def test_aux(dtype: str, cuda: emulator.EmulatedDevice) -> None:
     """Arrays of no axis to two, one read twice, one of integers; with GQA, a window, dropout and softcap."""
     arrays = inputs(dtype, SK if dtype != "float16" else SK_HALF)
-    sk, rng = arrays[1].shape[2], np.random.default_rng(9)
+    sk, rng = arrays[1].shape[2], seeds.generator(9)
     shapes = (), (B, SQ), (B,), (sk + 1,)
     tables = [np.asarray(1 + 0.3 * rng.standard_normal(shape), np.float32) for shape in shapes]
     options = {
@@ -228,7 +229,7 @@ def test_aux(dtype: str, cuda: emulator.EmulatedDevice) -> None:
 def test_a_table_by_distance(cuda: emulator.EmulatedDevice) -> None:
     """Of short queries, of which the heads of a group share a tile."""
     q, k, v = inputs()
-    table = np.random.default_rng(2).standard_normal((H, SK)).astype(np.float32)
+    table = seeds.generator(2).standard_normal((H, SK)).astype(np.float32)
     test_backward.check((q[:, :, :7], k, v), {"score_mod": table_by_distance, "aux": (table,)})
 
 
@@ -260,7 +261,7 @@ def test_a_read_outside_aux_is_nan(cuda: emulator.EmulatedDevice) -> None:
 
 
 def everything() -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
-    rng = np.random.default_rng(1)
+    rng = seeds.generator(1)
     return inputs(), {
         "bias": bias_over((1,)),
         "alibi_slopes": np.array([0.5, 0.1], np.float32),

@@ -8,6 +8,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 
 import emulator
 import numpy as np
+import seeds
 import test_backward
 from cases import BY_NAME, build
 
@@ -55,7 +56,7 @@ def test_case(name: str, cc: tuple[int, int]) -> None:
 
 
 def test_few_queries_are_computed_in_float32() -> None:
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v = (rng.standard_normal((1, 2, n, 32)).astype(np.float32) for n in (3, 70, 70))
     with driver.use(emulator.EmulatedDevice()):
         same = [na.attention(q, k, v, backend="cuda", precision=how) for how in ("ieee", "tf32")]

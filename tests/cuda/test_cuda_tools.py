@@ -7,6 +7,7 @@ import mutations
 import numpy as np
 import pytest
 import sass
+import seeds
 from ptx import Hang, PTXError, launch, watching
 
 needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
@@ -442,7 +443,7 @@ def softmax_run(n, hidden=0, shift=0, **options):
     """A runner of SOFTMAX on 3 rows of n numbers around `shift`, the first `hidden` of the first row being -inf."""
 
     def run(ptx):
-        rng = np.random.default_rng(n)
+        rng = seeds.generator(n)
         x, v = rng.normal(size=(3, n)).astype(np.float32), rng.normal(size=n).astype(np.float32)
         x = x * (1 + abs(np.float32(shift))) + np.float32(shift)
         x[0, :hidden] = -np.inf
@@ -458,7 +459,7 @@ def softmax_run(n, hidden=0, shift=0, **options):
 
 def matmul_run(k, **options):
     def run(ptx):
-        rng = np.random.default_rng(k)
+        rng = seeds.generator(k)
         a, b = rng.normal(size=(16, k)).astype(np.float16), rng.normal(size=(k, 8)).astype(np.float16)
         d = np.full((16, 8), np.nan, np.float32)
         ran = launch(ptx, 1, 32, [a, b, d, np.uint32(k)], **options)
@@ -491,7 +492,7 @@ def reports():
     """Every mutant of the two kernels, run: 15 s."""
     out = {}
     for name, (ptx, runs) in BOTH.items():
-        mutants = mutations.draw(ptx, np.random.default_rng(0), 10**6)
+        mutants = mutations.draw(ptx, seeds.generator(0), 10**6)
         assert len(mutants) == sum(map(len, mutations.candidates(ptx).values())) > 200
         out[name] = mutations.survivors(runs, ptx, mutants)
     return out
@@ -583,18 +584,18 @@ def test_an_unreached_statement_is_named():
 @pytest.mark.parametrize("name", BOTH)
 def test_mutants_assemble(name):
     ptx = BOTH[name][0]
-    for mutation in mutations.draw(ptx, np.random.default_rng(1), 5):
+    for mutation in mutations.draw(ptx, seeds.generator(1), 5):
         assert sass.assemble(mutation.apply(ptx), (8, 0)).registers, str(mutation)
 
 
 def test_draw_is_seeded_and_spread():
     def first(seed, n=40):
-        return mutations.draw(SOFTMAX, np.random.default_rng(seed), n)
+        return mutations.draw(SOFTMAX, seeds.generator(seed), n)
 
     assert first(3) == first(3) != first(4)
     assert len(set(first(3, 200))) == 200
     assert len({m.kind for m in first(5)}) >= 10  # not only the 90 shuffles and 73 offsets
-    assert {m.kind for m in mutations.draw(SOFTMAX, np.random.default_rng(0), 9, ["barrier", "store"])} == {
+    assert {m.kind for m in mutations.draw(SOFTMAX, seeds.generator(0), 9, ["barrier", "store"])} == {
         "barrier",
         "store",
     }
@@ -753,7 +754,7 @@ def test_a_compiled_kernel(compiled):
 
 def test_mutants_of_a_compiled_kernel(compiled):
     def run(ptx):
-        rng = np.random.default_rng(0)
+        rng = seeds.generator(0)
         a, b = rng.normal(size=(20, 37)).astype(np.float32), rng.normal(size=(37, 23)).astype(np.float32)
         c = np.full((20, 23), np.nan, np.float32)
         # An array takes two objects of Python's that are none here, the number of elements, bytes of one, the address,
@@ -765,5 +766,5 @@ def test_mutants_of_a_compiled_kernel(compiled):
 
     barriers = mutations.survivors(run, compiled, mutations.candidates(compiled)["barrier"]).outcomes
     assert len(barriers) == 2 and all("race" in o.classes for o in barriers)
-    report = mutations.survivors(run, compiled, mutations.draw(compiled, np.random.default_rng(0), 20))
+    report = mutations.survivors(run, compiled, mutations.draw(compiled, seeds.generator(0), 20))
     assert not report.invalid and len(report.survived) < 8, "\n".join(map(str, report.survived))

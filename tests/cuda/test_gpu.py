@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
@@ -69,7 +70,7 @@ def test_the_same_bits_every_time(dtype: str, cuda: Any) -> None:
     """Whatever order the blocks run in, alone and in a batch."""
     case = replace(BY_NAME["plain-63x203"], dtype=dtype, batch=8, heads=(8, 2), q_len=500, kv_len=700, dims=(64, 64))
     (q, k, v), _ = build(case)
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     dout = rng.standard_normal(q.shape).astype(q.dtype)
     seen = set()
     for _ in range(5):
@@ -86,7 +87,7 @@ def test_more_than_two_to_the_31_elements(cuda: Any) -> None:
     if cuda.total_memory < 16 * 2**30:
         pytest.skip("takes 16 GiB")
     rows = 2**31 // 64 + 2**14
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     k = np.zeros((1, 1, rows, 64), np.float16)
     k[:, :, -64:] = rng.standard_normal((1, 1, 64, 64))
     q = rng.standard_normal((1, 1, 64, 64)).astype(np.float16)
@@ -102,7 +103,7 @@ def test_gradients_beyond_32_bits_of_bytes(dtype: str, cuda: Any) -> None:
     if min(cuda.total_memory, host) < 48 * 2**30:
         pytest.skip("takes 48 GiB, here and there")
     heads = 2**32 // (256 * 64 * itemsize) + 1
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     one, dout = (rng.standard_normal((1, 1, 256, 64)).astype(DTYPES[dtype]) for _ in range(2))
     many = np.zeros((1, heads, 256, 64), DTYPES[dtype])
     many[:, -1:] = one
@@ -117,7 +118,7 @@ def test_gradients_beyond_32_bits_of_bytes(dtype: str, cuda: Any) -> None:
 
 
 def test_tf32(cuda: Any) -> None:
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v, dout = (rng.standard_normal((2, 3, 300, 64)).astype(np.float32) for _ in range(4))
     out, pullback = na.attention_vjp(q, k, v, causal=True, precision="tf32")
     want = na.reference.attention(q, k, v, causal=True)
@@ -169,7 +170,7 @@ def test_device_arrays(library: str, cuda: Any) -> None:
     """What a call with NumPy arrays gives, on a stream that is not the default one; halves beside them are converted on
     the device. Many times, so that memory is used again while kernels run."""
     there, back, stream = libraries()[library]()
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, dout = (rng.standard_normal((2, 4, 130, 64)).astype(np.float16) for _ in range(2))
     k, v = (rng.standard_normal((2, 2, 130, 64)).astype(np.float16) for _ in range(2))
     beside = {
@@ -204,7 +205,7 @@ def test_calls_like_one_before_on_many_streams(cuda: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(on_device, "_MOST_PLAIN", 2)
     monkeypatch.setattr(on_device, "_PLAIN", {})
     real = type(cuda) is driver.Device
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     q, k, v = (rng.standard_normal((2, h, n, 64)).astype(np.float32) for h, n in ((4, 3), (2, 700), (2, 700)))
     dout = rng.standard_normal(q.shape).astype(np.float32)
     scales = [0.1, 0.2, 0.3]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 from ptx import PTXError, launch, parse
 from ptx.lowering import lower
 
@@ -107,7 +108,7 @@ def test_special_registers() -> None:
 def test_atomics(space: str, name: str, type_: str, combine: Any) -> None:
     """32 lanes on one number: what is left, and that each old value is a step on the way."""
     numpy_type = {"f": "f", "s": "i", "u": "u", "b": "u"}[type_[0]] + str(int(type_[1:]) // 8)
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     values = rng.integers(-50 if type_[0] in "sf" else 1, 60, 32).astype(numpy_type)
     start = np.array([7], numpy_type)
     size = values.itemsize
@@ -186,7 +187,7 @@ def as_half(x: np.ndarray, type_: str) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_products(type_: str, depth: int) -> None:
     """All of A and B, and one number of each at a time, so that no place is another's."""
-    rng = np.random.default_rng(depth)
+    rng = seeds.generator(depth)
     registers = {"f16": 4 * depth // 16, "bf16": 4 * depth // 16, "tf32": 4 * depth // 8}[type_]
     regs = [f"%r{5 + n}" for n in range(registers)], [f"%r{9 + n}" for n in range(registers // 2)]
     loads = " ".join(f"ld.global.u32 {r}, [%rd4+{4 * n}];" for n, r in enumerate([*regs[0], *regs[1]]))
@@ -216,8 +217,8 @@ def test_products(type_: str, depth: int) -> None:
 @pytest.mark.parametrize("count", (1, 2, 4))
 def test_ldmatrix(count: int, trans: str) -> None:
     """Rows in any order, matrices of 16-bit numbers."""
-    x = np.random.default_rng(count).integers(0, 65536, (32, 8), np.uint16)
-    rows = np.random.default_rng(1).permutation(32)
+    x = seeds.generator(count).integers(0, 65536, (32, 8), np.uint16)
+    rows = seeds.generator(1).permutation(32)
     registers = [f"%r{8 + n}" for n in range(count)]
     body = f"""ld.global.v4.u32 {{%r20, %r21, %r22, %r23}}, [%rd1]; st.shared.v4.u32 [%r2], {{%r20, %r21, %r22, %r23}};
     bar.warp.sync -1; mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd8, %rd4; ld.global.u32 %r5, [%rd4+512];
@@ -263,7 +264,7 @@ def ulps(y: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 def test_approximations_are_as_wrong_as_on_a_gpu() -> None:
     """Within their bounds, all over them, exact where it matters, and as rounded as can be without noise."""
-    rng = np.random.default_rng(0)
+    rng = seeds.generator(0)
     x = rng.uniform(-20, 20, 1024).astype(np.float32)
     wide = x.astype(np.float64)
     true = np.exp2(wide)
@@ -291,7 +292,7 @@ def test_approximations_are_as_wrong_as_on_a_gpu() -> None:
     ],
 )  # fmt: skip
 def test_other_approximations(op: str, function: Any, bound: float) -> None:
-    x = np.random.default_rng(0).uniform(-3, 3, 1024).astype(np.float32)
+    x = seeds.generator(0).uniform(-3, 3, 1024).astype(np.float32)
     x = np.abs(x) if "sqrt" in op else x
     true = function(x.astype(np.float64))
     exact, noisy = approximated(op, x, 0), approximated(op, x, 1)
