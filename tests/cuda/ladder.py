@@ -128,7 +128,7 @@ class Built:
 def built(kernel: Kernel, cc: CC) -> Built | None:
     """The kernel as launch.py makes it on such a device; None where it has no tile there."""
     from numba_attn.cuda import backward, decode, derivatives, forward, modifiers, sums, tiling
-    from numba_attn.cuda.host import launch
+    from numba_attn.cuda.host import loading
     from numba_attn.cuda.scores import Features, signature
 
     storage = "f32" if kernel.dtype == "tf32" else kernel.dtype
@@ -150,7 +150,7 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         )
         if t is None:
             return None
-        bounds = launch.bounds(build, t, t.threads, more)
+        bounds = loading.bounds(build, t, t.threads, more)
         return Built(lambda: build(t, f, *more), signature(f.fields), t.threads, memory(t)["size"], t, bounds)
 
     def untiled(make: Callable[[], Any], f: Any, threads: int, shared: int) -> Built:

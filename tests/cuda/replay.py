@@ -21,7 +21,7 @@ import seeds
 
 import numba_attn as na
 from numba_attn.cuda import backward, forward, tiling
-from numba_attn.cuda.host import arrays, convert, driver, launch
+from numba_attn.cuda.host import arrays, convert, driver, loading
 
 MEMORY = {
     "forward": forward.memory, "decode": forward.memory,
@@ -70,13 +70,13 @@ class Recorder(emulator.EmulatedDevice):
 @contextlib.contextmanager
 def recording(cc: tuple[int, int] = (8, 0), **options: Any) -> Iterator[Recorder]:
     """Calls inside run on a Recorder."""
-    known = set(launch._functions)
+    known = set(loading.functions)
     try:
         with driver.use(Recorder(cc, **options)) as device:
             yield device
     finally:
-        for key in set(launch._functions) - known:  # they would keep the device
-            del launch._functions[key]
+        for key in set(loading.functions) - known:  # they would keep the device
+            del loading.functions[key]
 
 
 def replay(one: Recorded, ptx: str, **options: Any) -> tuple[emulator.EmulatedDevice, list[np.ndarray | None]]:

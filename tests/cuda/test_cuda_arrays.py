@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
 
-from numba_attn.cuda.host import arrays, driver
+from numba_attn.cuda.host import arrays, driver, streams
 
 try:
     import ml_dtypes
@@ -171,7 +171,7 @@ def test_memory_lives_with_the_record(device):
 @pytest.mark.parametrize("stream, told", [(0, 1), (1, 1), (2, 2), (0x7000, 0x7000)])
 def test_stream_is_told_to_the_exporter(device, stream, told):
     given = DlpackArray(device, X)
-    handle = arrays.Stream(stream)
+    handle = streams.Stream(stream)
     assert arrays.describe(given, "q", handle).stream == stream
     assert given.streams == [told] and type(given.streams[0]) is int  # torch refuses a class derived from int
 
@@ -504,7 +504,7 @@ def test_hold(device, monkeypatch):
     arrays.hold(arrays.describe_all({"q": mine, "k": of_library("jaxlib", DlpackArray)(device, X)}, stream=7))
     assert device.calls == [("hold", 8), ("hold", 7)]
     arrays.hold({})
-    five, own = (arrays.resolve_stream(SimpleNamespace(ptr=n)) for n in (5, arrays.PER_THREAD))
+    five, own = (streams.resolve_stream(SimpleNamespace(ptr=n)) for n in (5, streams.PER_THREAD))
     ours = arrays.empty((3,), np.dtype("f4"), device, 0)
     for freed_on, settle, stream, held in (
         (five, False, five, []), (five, False, 6, [("hold", 6)]), (five, True, 6, []), (0, False, 0, []),
@@ -520,7 +520,7 @@ def test_hold(device, monkeypatch):
 
 
 def test_streams():
-    assert arrays.resolve_stream(5) == 5 and arrays.resolve_stream(0) == 0
+    assert streams.resolve_stream(5) == 5 and streams.resolve_stream(0) == 0
     for name, handle in (
         ("cuda_stream", 5),
         ("ptr", 5),
@@ -530,11 +530,11 @@ def test_streams():
         ("__cuda_stream__", (0, 5)),
     ):
         owner = SimpleNamespace(**{name: handle})
-        found = arrays.resolve_stream(owner)
+        found = streams.resolve_stream(owner)
         assert found == 5 and found.owner is owner
-    assert arrays.resolve_stream(SimpleNamespace(handle=ctypes.c_void_p(None))) == 0
+    assert streams.resolve_stream(SimpleNamespace(handle=ctypes.c_void_p(None))) == 0
     both = SimpleNamespace(__cuda_stream__=lambda: (0, 6), handle=object())
-    assert arrays.resolve_stream(both) == 6
+    assert streams.resolve_stream(both) == 6
 
 
 @pytest.mark.parametrize("stream", ["0", 1.0, True, X, object()])
@@ -542,12 +542,12 @@ def test_no_stream(stream):
     with pytest.raises(
         TypeError, match=r"^stream is .*; it takes None, a stream of torch, CuPy, Numba or cuda\.core, or a"
     ):
-        arrays.resolve_stream(stream)
+        streams.resolve_stream(stream)
 
 
 def test_negative_stream():
     with pytest.raises(ValueError, match=r"^stream is -1; it takes None"):
-        arrays.resolve_stream(-1)
+        streams.resolve_stream(-1)
 
 
 def test_current_stream(monkeypatch):
@@ -560,12 +560,12 @@ def test_current_stream(monkeypatch):
     library = ModuleType("cupy")
     library.cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=22))
     monkeypatch.setitem(sys.modules, "cupy", library)
-    assert arrays.resolve_stream(None, "torch", 3) == 21 and asked == [3]
-    assert arrays.resolve_stream(None, "cupy", 3) == 22
-    assert arrays.resolve_stream(None, "jax", 0) == arrays.resolve_stream(None) == 0
-    assert arrays.resolve_stream(4, "torch", 3) == 4
+    assert streams.resolve_stream(None, "torch", 3) == 21 and asked == [3]
+    assert streams.resolve_stream(None, "cupy", 3) == 22
+    assert streams.resolve_stream(None, "jax", 0) == streams.resolve_stream(None) == 0
+    assert streams.resolve_stream(4, "torch", 3) == 4
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert arrays.resolve_stream(None, "cupy", 3) == 0
+    assert streams.resolve_stream(None, "cupy", 3) == 0
 
 
 def test_stream_lives_with_the_memory(device):
@@ -578,7 +578,7 @@ def test_stream_lives_with_the_memory(device):
         def __del__(self):
             gone.append(1)
 
-    result = arrays.empty((3,), np.dtype("f4"), device, arrays.resolve_stream(Mine()))
+    result = arrays.empty((3,), np.dtype("f4"), device, streams.resolve_stream(Mine()))
     gc.collect()
     assert not gone
     del result
@@ -723,7 +723,7 @@ def test_hand_over(device, monkeypatch):
         assert arrays.hand_over(result, kind) == (kind, result)
         assert result.memory.stream == stream  # where the library will use it last
         assert not result.memory.settle
-    library.cuda.get_current_stream = lambda: SimpleNamespace(ptr=arrays.PER_THREAD)
+    library.cuda.get_current_stream = lambda: SimpleNamespace(ptr=streams.PER_THREAD)
     assert arrays.hand_over(result, "cupy") and result.memory.settle  # dropped in another thread, it is another stream
     result.memory.stream = 4
     library = ModuleType("jax.dlpack")

@@ -24,7 +24,7 @@ import numba_attn as na
 from numba_attn import plan
 from numba_attn.cuda import decode, forward
 from numba_attn.cuda.compile import cuda as numba_cuda
-from numba_attn.cuda.host import driver, launch
+from numba_attn.cuda.host import call, driver
 from numba_attn.cuda.scores import Features, signature
 from numba_attn.cuda.tiling import choose
 
@@ -151,7 +151,7 @@ def test_few_is_said_by_queries_and_group_alone(
     group: int, q_len: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    monkeypatch.setattr(launch.Call, "run", lambda self, build, *rest: built.append(build))
+    monkeypatch.setattr(call.Call, "run", lambda self, build, *rest: built.append(build))
     q, k = np.zeros((1, 2 * group, q_len, 8), np.float32), np.zeros((1, 2, 40, 8), np.float32)
     with driver.use(emulator.EmulatedDevice((8, 0))):
         na.attention(q, k, k, backend="cuda")
@@ -186,7 +186,7 @@ def test_the_workspace_is_small(cuda: emulator.EmulatedDevice, monkeypatch: pyte
     """A sixteenth of the bytes of k and v in halves, and no room for what nobody sees, however long one sequence is."""
     asked = []
     empty = cuda.empty
-    monkeypatch.setattr(launch.Call, "run", lambda *arguments: None)
+    monkeypatch.setattr(call.Call, "run", lambda *arguments: None)
     monkeypatch.setattr(cuda, "empty", lambda nbytes, stream: asked.append(nbytes) or empty(nbytes, stream))
     q, k = np.zeros((8, 16, 1, 128), np.float16), np.zeros((8, 1, 16 * KV, 128), np.float16)
     na.attention(q, k, k)
@@ -294,7 +294,7 @@ def test_nan_in_a_key_or_value_reaches_the_rows_that_see_it(cuda: emulator.Emula
 
 def both_kernels(dtype: str, dim: int, rows: int, cc: tuple[int, int]) -> Iterator[tuple[str, Any, int, int]]:
     """(name, what ptxas says, threads, bytes of shared memory)"""
-    storage, f = launch.STORAGE[dtype], Features(extra=decode.EXTRA)
+    storage, f = call.STORAGE[dtype], Features(extra=decode.EXTRA)
     t = choose("decode", storage, dim, dim, forward.memory, emulator.SHARED[cc])
     assert t is not None
     t = decode.with_rows(t, rows)

@@ -15,11 +15,12 @@ import seeds
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
 
 import numba_attn as na
-from numba_attn.cuda.host import arrays, driver
+from numba_attn.cuda.host import arrays, driver, streams
 
 pytest.importorskip("numba_cuda")
 
-from numba_attn.cuda.host import launch, on_device
+from numba_attn.cuda.host import on_device
+from numba_attn.cuda.host.call import check
 
 try:
     import ml_dtypes
@@ -795,8 +796,8 @@ def test_numbers_of_32_bits(sizes, message):
     fields = dict(zip(("batch", "q_heads", "q_len", "kv_len"), sizes, strict=True))
     problem = SimpleNamespace(qk_dim=8, v_dim=8, **fields)
     with pytest.raises(ValueError, match=message):
-        launch.check(problem, EmulatedDevice())
-    launch.check(SimpleNamespace(qk_dim=8, v_dim=8, batch=1, q_heads=1, q_len=2**30, kv_len=2**30), EmulatedDevice())
+        check(problem, EmulatedDevice())
+    check(SimpleNamespace(qk_dim=8, v_dim=8, batch=1, q_heads=1, q_len=2**30, kv_len=2**30), EmulatedDevice())
 
 
 def test_too_many_tiles(device, monkeypatch):
@@ -937,7 +938,7 @@ def test_a_pullback_may_outlive_its_stream(device, monkeypatch, with_lse):
             del pullback, _
             gc.collect()
             results = 0 if stream != 0 and not settle else 2 if with_lse else 1  # with 0 as the rest, else settled
-            assert freed.count((arrays.resolve_stream(stream), settle)) == results + 2
+            assert freed.count((streams.resolve_stream(stream), settle)) == results + 2
 
 
 def test_gradients_that_are_not_alike(device):
@@ -1101,10 +1102,10 @@ def test_a_thread_s_own_stream_is_marked_at_once(device, monkeypatch):
     on_device._PLAIN.clear()
     there = on(device, qkv())
     order = Order(device, monkeypatch)
-    for stream in (arrays.PER_THREAD, SimpleNamespace(ptr=arrays.PER_THREAD)):
+    for stream in (streams.PER_THREAD, SimpleNamespace(ptr=streams.PER_THREAD)):
         for _ in range(2):
             na.attention(*there, stream=stream)
-            assert order.behind[device.own][arrays.PER_THREAD] == len(device.launches)
+            assert order.behind[device.own][streams.PER_THREAD] == len(device.launches)
     (plain,) = on_device._PLAIN.values()
     assert not plain.prepared.used
 

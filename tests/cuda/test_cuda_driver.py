@@ -211,7 +211,7 @@ def fake_device(index=0, **options):
 
 @pytest.fixture
 def no_nvjitlink(monkeypatch):
-    monkeypatch.setattr(driver, "_assemble", lambda ptx, cc: (None, "nvJitLink: not here"))
+    monkeypatch.setattr(driver, "assemble", lambda ptx, cc: (None, "nvJitLink: not here"))
 
 
 # ---------------------------------------------------------------- finding a device
@@ -633,7 +633,7 @@ def test_hold():
 
 def test_load_by_nvjitlink(monkeypatch):
     device, cu = fake_device()
-    monkeypatch.setattr(driver, "_assemble", lambda ptx, cc: (b"cubin for %d%d" % cc, ""))
+    monkeypatch.setattr(driver, "assemble", lambda ptx, cc: (b"cubin for %d%d" % cc, ""))
     function = device.load(INCREMENT)
     assert cu.one("cuModuleLoadData") == (b"cubin for 90",)
     assert cu.one("cuModuleGetFunction") == ("module", b"increment")
@@ -930,7 +930,7 @@ def bindings_missing():
         import cuda.bindings.driver  # noqa: F401
     except ImportError:
         return "no cuda.bindings"
-    return None if driver._assemble(INCREMENT, (9, 0))[0] else "no nvJitLink"
+    return None if driver.assemble(INCREMENT, (9, 0))[0] else "no nvJitLink"
 
 
 @pytest.mark.processes
@@ -1073,7 +1073,7 @@ def test_records_are_flat_in_the_machine_code(line_ptx, tmp_path):
     if not sass.tools("cuobjdump"):
         pytest.skip("no cuobjdump")
     for cc in ((8, 0), (9, 0), (12, 0)):
-        cubin, log = driver._assemble(line_ptx, cc)
+        cubin, log = driver.assemble(line_ptx, cc)
         if cubin is None:
             pytest.skip(log)
         (tmp_path / "line.cubin").write_bytes(cubin)
@@ -1084,17 +1084,17 @@ def test_records_are_flat_in_the_machine_code(line_ptx, tmp_path):
 
 
 def test_nvjitlink_says_what_is_wrong():
-    cubin, log = driver._assemble(INCREMENT, (8, 0))
+    cubin, log = driver.assemble(INCREMENT, (8, 0))
     if cubin is None:
         pytest.skip(log)
     assert cubin[:4] == b"\x7fELF"
-    assert driver._assemble(INCREMENT, (9, 0))[0]  # an older target on a newer device
+    assert driver.assemble(INCREMENT, (9, 0))[0]  # an older target on a newer device
     for ptx, cc, message in (
         (INCREMENT.replace("add.u32", "badd.u32"), (8, 0), "Not a name of any known instruction: 'badd'"),
         (INCREMENT.replace("sm_80", "sm_90"), (8, 0), "SM version"),
         (INCREMENT, (99, 0), "ARCH"),  # a device that the library does not know
     ):
-        cubin, log = driver._assemble(ptx, cc)
+        cubin, log = driver.assemble(ptx, cc)
         assert cubin is None and log.startswith("nvJitLink: ") and message in log
 
 
@@ -1107,7 +1107,7 @@ def test_an_older_version_of_ptx_is_tried():
     assert driver.older_version(newer, REFUSED.format("9.9", "9.0")) == INCREMENT.replace("7.8", "9.0")
     assert driver.older_version(newer, "ptxas: another error") is None
     assert driver.older_version(INCREMENT, REFUSED.format("7.8", "7.8")) is None, "the same again"
-    cubin, log = driver._assemble(newer, (8, 0))
+    cubin, log = driver.assemble(newer, (8, 0))
     if cubin is None and "nvJitLink: No module" in log:
         pytest.skip(log)
     assert cubin is not None, log

@@ -26,7 +26,7 @@ import numba_attn as na
 from numba_attn import plan
 from numba_attn.cuda import derivatives, modifiers, scores, sums, tiling
 from numba_attn.cuda.compile import kernel_ptx
-from numba_attn.cuda.host import driver, launch
+from numba_attn.cuda.host import driver, launch, loading
 
 SIZES = B, H, SQ, SK = 2, 2, 70, 40  # halves have tiles of 64 keys: SK_HALF
 SK_HALF, D = 67, 16
@@ -313,7 +313,7 @@ TILES = [("f16", 64), ("f32", 64), ("f64", 64), ("f16", 128), ("f32", 128), ("f6
 )
 def test_nothing_is_spilled(storage: str, d: int, cc: tuple[int, int]) -> None:
     def spilled(build: Any, t: tiling.Tiling, f: scores.Features, *more: Any) -> int:
-        bounds = launch.bounds(build, t, t.threads)
+        bounds = loading.bounds(build, t, t.threads)
         r = sass.assemble(kernel_ptx(lambda: build(t, f, *more), scores.signature(f.fields), cc, bounds, None), cc)
         return r.spill_stores + r.spill_loads + r.stack
 

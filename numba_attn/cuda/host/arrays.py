@@ -21,14 +21,11 @@ import numpy as np
 
 from ...arrays import FLOAT_NAMES, Array
 from . import driver
+from .streams import full_name, lasts, resolve_stream
 
 CUDA, CUDA_MANAGED = 2, 13  # DLDeviceType
-PER_THREAD = 2  # the handle of every thread's own default stream
-
 _LIBRARIES = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba": "numba", "numba_cuda": "numba"}
 _NAMES = {"torch": "torch", "cupy": "CuPy", "jax": "JAX", "numba": "Numba"}
-
-STREAMS = "None, a stream of torch, CuPy, Numba or cuda.core, or a CUstream handle as an int"
 
 
 class Input(NamedTuple):
@@ -77,75 +74,6 @@ def kind_of(x: Any) -> str:
 def _is_tensor(x: Any) -> bool:
     """Whether x is of torch's own class of tensors, and no class derived from it."""
     return type(x) is getattr(sys.modules.get("torch"), "Tensor", None)
-
-
-def _full_name(x: Any) -> str:
-    kind = type(x)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-# ---------------------------------------------------------------- streams
-
-
-class Stream(int):
-    """A stream's handle that keeps the object alive that it was taken from. Memory is freed in the order of its stream,
-    maybe long after the call: the handle must mean something then."""
-
-    owner: Any
-
-
-def resolve_stream(stream: Any, kind: str = "", device: int | None = None) -> int:
-    """The handle of a stream, for work on arrays of this kind on this device.
-
-    Parameters
-    ----------
-    stream : None, int or object
-        None is the current stream of torch or CuPy for their arrays, else the legacy default stream, 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no stream.
-    """
-    if stream is None:
-        stream = _current_stream(kind, device)
-        if stream is None:
-            return 0
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        if stream < 0:
-            raise ValueError(f"stream is {stream}; it takes {STREAMS}")
-        return stream
-    handle = _handle_of(stream)
-    if handle is None:
-        raise TypeError(f"stream is a {_full_name(stream)}; it takes {STREAMS}")
-    result = Stream(handle)
-    result.owner = stream
-    return result
-
-
-def lasts(stream: int) -> bool:
-    """Whether the handle means the same stream, in every thread, for as long as it is kept."""
-    return int(stream) in (0, 1) or (isinstance(stream, Stream) and stream != PER_THREAD)
-
-
-def _current_stream(kind: str, device: int | None) -> Any:
-    library = sys.modules.get(kind) if kind in ("torch", "cupy") else None
-    if library is None:
-        return None
-    return library.cuda.current_stream(device) if kind == "torch" else library.cuda.get_current_stream()
-
-
-def _handle_of(stream: Any) -> int | None:
-    """The handle inside a stream object, by the protocol that all of them move to, else by each library's own name."""
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int((protocol() if callable(protocol) else protocol)[1])
-    for name in ("cuda_stream", "ptr", "handle"):  # torch, CuPy, Numba
-        handle = getattr(stream, name, None)
-        if handle is not None:
-            # A c_void_p holds None for 0.
-            return int((handle.value or 0) if isinstance(handle, ctypes.c_void_p) else handle)
-    return None
 
 
 # ---------------------------------------------------------------- DLPack capsules
@@ -261,7 +189,7 @@ def describe(x: Any, name: str, stream: int, current: int | None = None) -> Inpu
         try:
             at = where(x)
         except Exception as error:
-            raise TypeError(f"{name} is a {_full_name(x)} that does not say where it is: {error}") from error
+            raise TypeError(f"{name} is a {full_name(x)} that does not say where it is: {error}") from error
         if int(at[0]) not in (CUDA, CUDA_MANAGED):
             raise TypeError(_host_advice(x, name))
         return _from_dlpack(x, name, stream)
@@ -272,7 +200,7 @@ def describe(x: Any, name: str, stream: int, current: int | None = None) -> Inpu
 
 def _host_advice(x: Any, name: str) -> str:
     kind = kind_of(x)
-    what = "a torch tensor" if kind == "torch" else f"a {_full_name(x)}"
+    what = "a torch tensor" if kind == "torch" else f"a {full_name(x)}"
     host = f"{name}.detach().numpy()" if kind == "torch" else f"np.asarray({name})"
     there = {"torch": f"{name}.cuda()", "jax": f"jax.device_put({name}, jax.devices('gpu')[0])"}
     move = there.get(kind, f"cupy.asarray({name}) or torch.from_numpy({name}).cuda()")
@@ -323,7 +251,7 @@ def _from_dlpack(x: Any, name: str, stream: int) -> Input:
                 f"{name} is a torch tensor that requires grad, and torch's autograd does not see what happens here: "
                 f"pass {name}.detach()"
             ) from error
-        raise TypeError(f"{name} is a {_full_name(x)} that does not share its memory: {error}") from error
+        raise TypeError(f"{name} is a {full_name(x)} that does not share its memory: {error}") from error
     tensor = _read_capsule(capsule, name)
     if tensor.device_type not in (CUDA, CUDA_MANAGED):
         raise TypeError(
@@ -340,7 +268,7 @@ def _from_interface(x: Any, name: str, stream: int) -> Input:
     try:
         told = x.__cuda_array_interface__
     except Exception as error:
-        raise TypeError(f"{name} is a {_full_name(x)} that does not share its memory: {error}") from error
+        raise TypeError(f"{name} is a {full_name(x)} that does not share its memory: {error}") from error
     version = told.get("version", 0)
     if version < 2:
         raise TypeError(f"{name} has version {version} of __cuda_array_interface__; versions 2 and 3 are read here")

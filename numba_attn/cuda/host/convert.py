@@ -15,8 +15,9 @@ from ...arrays import Array
 from .. import code, scalar
 from ..compile import inline
 from ..scores import REALS, Features
-from . import launch
 from .arrays import DeviceArray, empty
+from .call import STORAGE
+from .loading import loaded
 
 THREADS = 256
 
@@ -77,8 +78,8 @@ def converted(x: Array, dtype: Any, device: Any, stream: int) -> DeviceArray:
         for n, (size, step) in enumerate(axes):
             numbers |= {f"size{n}": size, f"step{n}": step}
         f = Features(extra=tuple(numbers))
-        more = launch.STORAGE[x.dtype.name], launch.STORAGE[result.dtype.name], len(axes)
-        function = launch._function(device, build, None, f, THREADS, more)
+        more = STORAGE[x.dtype.name], STORAGE[result.dtype.name], len(axes)
+        function = loaded(device, build, None, f, THREADS, more)
         fields = [numbers.get(field, 0) for field in f.fields]
         params = struct.pack(f"<{len(fields)}q{len(REALS)}d", *fields, *(0.0,) * len(REALS))
         device.launch(function, -(-x.size // THREADS), THREADS, 0, params, stream)

@@ -18,17 +18,17 @@ import ctypes
 import importlib
 import importlib.util
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...arrays import Array
 from .. import INSTALL
+from .handles import Function, Mark, Memory
+from .ptx import assemble, kernel_name, older_version
 
 FORKED = (
     "this process was forked from one that had already used CUDA, and CUDA does not work in such a child: start it "
@@ -176,52 +176,6 @@ def _check(cu: Any, result: tuple[Any, ...], doing: str) -> Any:
     return result[1] if len(result) == 2 else None
 
 
-# ---------------------------------------------------------------- what a device hands out
-
-
-@dataclass(eq=False)
-class Function:
-    """A kernel, loaded. It stays loaded for the life of the process: unloading would have to wait for its launches."""
-
-    name: str
-    handle: Any
-    static: int  # bytes of shared memory per block that it has anyway
-    dynamic: int  # bytes that a launch may ask for on top; raised by the first launch that asks for more
-
-
-class Memory:
-    """Device memory: `nbytes` bytes at `address`, which is a multiple of 256.
-
-    It is freed when the object dies, in the order of its stream: what was put on the stream before may still use it.
-    The stream may be an int that keeps its stream alive (see arrays.Stream).
-    """
-
-    __slots__ = ("__weakref__", "address", "device", "nbytes", "settle", "stream")
-
-    def __init__(self, device: Any, address: int, nbytes: int, stream: int) -> None:
-        self.device, self.address, self.nbytes, self.stream = device, address, nbytes, stream
-        # Used by streams that are not known here, or whose own is gone by then: wait for the device before it is freed.
-        self.settle = False
-
-    def __del__(self) -> None:
-        # At exit, in a forked child and after an error of the device there is nothing to free, and nobody to tell.
-        with contextlib.suppress(Exception):
-            self.device.free(self)
-
-
-class Mark:
-    """A point of a stream: what was on it when this was last recorded."""
-
-    __slots__ = ("device", "event")
-
-    def __init__(self, device: Any, event: Any) -> None:
-        self.device, self.event = device, event
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # as for Memory
-            self.device.forget(self)
-
-
 class _Extra(ctypes.Structure):
     """What `extra` of cuLaunchKernel points to, a list of names and values; the size is behind it."""
 
@@ -341,7 +295,7 @@ class Device:
         """
         name = kernel_name(ptx, name)
         cu = self._cu
-        cubin, log = _assemble(ptx, self.cc)
+        cubin, log = assemble(ptx, self.cc)
         with self.active():
             if cubin is not None:
                 module = _check(cu, cu.cuModuleLoadData(cubin), f"loading {name} on {self.name}")
@@ -619,28 +573,6 @@ class Device:
                 return
 
 
-def older_version(ptx: str, log: str) -> str | None:
-    """The PTX with the newest version that an assembler says it knows, where the version is what it refused. It is that
-    of the compiler, which another package's pins may leave newer than the assembler, and not what the code needs: our
-    kernels are of PTX 7.8."""
-    said = re.search(r"Unsupported \.version [\d.]+; current version is '(\d+\.\d+)'", log)
-    if said is None:
-        return None
-    older, count = re.subn(r"^\.version [\d.]+$", f".version {said[1]}", ptx, count=1, flags=re.MULTILINE)
-    return older if count and older != ptx else None
-
-
-def kernel_name(ptx: str, name: str | None = None) -> str:
-    """`name`, or that of the only kernel in the PTX."""
-    names: list[str] = re.findall(r"\.entry\s+([\w$]+)\s*\(", ptx)
-    if name is None and len(names) == 1:
-        return names[0]
-    if name is None or name not in names:
-        told = "name the one to load" if name is None else f"none is called {name}"
-        raise ValueError(f"the PTX has {len(names)} kernels; {told}: {', '.join(names)}")
-    return name
-
-
 def check_launch(device: Any, function: Function, grid: int, threads: int, shared: int) -> None:
     """ValueError for what no launch on the device can be."""
     if not (0 < grid <= MAX_GRID and 0 < threads <= MAX_THREADS):
@@ -653,34 +585,3 @@ def check_launch(device: Any, function: Function, grid: int, threads: int, share
             f"{function.name} is launched with {function.static + shared} bytes of shared memory per block; "
             f"{device.name} has {device.shared_limit}"
         )
-
-
-def _assemble(ptx: str, cc: tuple[int, int]) -> tuple[bytes | None, str]:
-    """(cubin, "") by nvJitLink, or (None, why not)."""
-    try:
-        link = importlib.import_module("cuda.bindings.nvjitlink")
-        link.version()  # the library itself is loaded by the first call
-    except Exception as error:
-        return None, f"nvJitLink: {error}"
-    try:
-        handle = link.create(1, [f"-arch=sm_{cc[0]}{cc[1]}"])
-    except link.nvJitLinkError as error:  # a device newer than the library
-        return None, f"nvJitLink: {error}"
-    try:
-        text = ptx.encode()
-        link.add_data(handle, int(link.InputType.PTX), text, len(text), "kernel.ptx")
-        link.complete(handle)
-        cubin = bytearray(link.get_linked_cubin_size(handle))
-        link.get_linked_cubin(handle, cubin)
-        return bytes(cubin), ""
-    except link.nvJitLinkError as error:
-        error_text = str(error)
-        log = bytearray(link.get_error_log_size(handle))
-        if log:
-            link.get_error_log(handle, log)
-        said = log.split(bytes(1))[0].decode(errors="replace")
-    finally:
-        link.destroy(handle)
-    if (older := older_version(ptx, said)) is not None:
-        return _assemble(older, cc)
-    return None, f"nvJitLink: {error_text}\n{said}".strip()

@@ -21,7 +21,7 @@ from ...gradients import Gradients, check_aux_grad, check_cotangents, check_resu
 from ...mask import Mask
 from ...mask.parts import Pairs
 from ...options import DEFAULTS, NAMES, precision_of
-from . import arrays, driver
+from . import arrays, driver, streams
 from .arrays import DeviceArray, Input, shadow
 
 HALVES = ("float16", "bfloat16")
@@ -223,7 +223,7 @@ def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
 
 def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
     """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
-    from ..tile import VECTOR  # when it is known that there is a device
+    from ..code import VECTOR  # when it is known that there is a device
 
     device = driver.current(found["q"].device)
     own = (device, *((x.shape, x.strides, x.dtype, x.address % VECTOR) for x in found.values()))
@@ -278,7 +278,7 @@ def _copies(out: Array, lse: Any, return_lse: bool, device: Any, stream: int) ->
         converted(shadow(lse), lse.dtype, device, stream) if return_lse else lse,
     )
     for x in kept:
-        x.memory.settle = not arrays.lasts(stream)
+        x.memory.settle = not streams.lasts(stream)
     return kept
 
 
