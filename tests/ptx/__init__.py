@@ -7,6 +7,7 @@
 parser.py       the text, as registers, variables, labels and statements
 lowering.py     statements as operations on numbers (codes.py) for the interpreter; translation.py: each statement
 arithmetic.py   the table of instructions that work lane by lane, as LLVM vectors of a warp
+computing.py    the jump to a row of it
 approximate.py  ex2, lg2, rcp and their errors; randomness.py
 matrix.py       mma and ldmatrix
 warp.py         shuffles and votes

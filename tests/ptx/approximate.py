@@ -97,16 +97,16 @@ def single(function, x, y, flush, noise, random):  # type: ignore[no-untyped-def
 
 
 @njit(error_model="numpy")
-def approximate(function, file, result, first, second, size, flush, lanes, noise, random):  # type: ignore[no-untyped-def]
-    """A function of numbers of 4 or 8 bytes, for the lanes of a warp."""
+def approximate(one, file, lanes, noise, random):  # type: ignore[no-untyped-def]
+    """A function of numbers of 4 or 8 bytes, for the lanes of a warp. one: a record of codes.OPERATION."""
     for lane in range(LANES):
         if (lanes >> lane) & 1:
-            if size == 4:
-                x = as_float32(np.uint32(read32(file + first + 4 * lane)))
-                y = as_float32(np.uint32(read32(file + second + 4 * lane)))
-                found = single(function, x, y, flush, noise, random)
-                write32(file + result + 4 * lane, np.uint64(bits_of_float32(found)))
+            if one.size == 4:
+                x = as_float32(np.uint32(read32(file + one.a + 4 * lane)))
+                y = as_float32(np.uint32(read32(file + one.b + 4 * lane)))
+                found = single(one.row, x, y, one.flush, noise, random)
+                write32(file + one.d + 4 * lane, np.uint64(bits_of_float32(found)))
             else:
-                x8 = as_float64(read64(file + first + 8 * lane))
-                y8 = as_float64(read64(file + second + 8 * lane))
-                write64(file + result + 8 * lane, bits_of_float64(exact(function, x8, y8)))
+                x8 = as_float64(read64(file + one.a + 8 * lane))
+                y8 = as_float64(read64(file + one.b + 8 * lane))
+                write64(file + one.d + 8 * lane, bits_of_float64(exact(one.row, x8, y8)))

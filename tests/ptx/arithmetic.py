@@ -1,9 +1,9 @@
 """The instructions that work lane by lane: a table from a name to LLVM code for the 32 lanes of a warp at once.
 
-A row has the types of its result and operands and a function that emits the code; `compute` is one Numba function that
-jumps to the row of a number. LLVM's vectors of 32 numbers become whatever the CPU has. Names are those of the PTX ISA
-manual with what does not matter left out: `add.f32` is add.rn.f32 too, `mul.lo.s32` serves .u32. With .ftz, operands
-and results below 2**-126 are 0 of the same sign. A predicate is a number of 32 bits, one for a lane.
+A row has the types of its result and operands and a function that emits the code; computing.py jumps to it. LLVM's
+vectors of 32 numbers become whatever the CPU has. Names are those of the PTX ISA manual with what does not matter left
+out: `add.f32` is add.rn.f32 too, `mul.lo.b32` serves .s32 and .u32. With .ftz, operands and results below 2**-126 are
+0 of the same sign. A predicate is a number of 32 bits, one for a lane.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cfunc, types
 from numba.core import cgutils
-from numba.core.ccallback import CFunc
-from numba.extending import intrinsic
 
 LANES = 32
 IR = {
@@ -42,7 +39,7 @@ def _row(name: str, result: str, operands: str, build: Build) -> None:
 # ------------------------------------------------------------------------------------------------------ LLVM's vectors
 
 
-def _vector(kind: ir.Type) -> ir.VectorType:
+def vector(kind: ir.Type) -> ir.VectorType:
     return ir.VectorType(kind, LANES)
 
 
@@ -105,7 +102,7 @@ def _flushing(operands: tuple[str, ...], result: str, build: Build) -> Build:
 def _high(signed: bool, add: bool = False) -> Build:
     def built(b: Any, x: Any, y: Any, *z: Any) -> Any:
         bits = x.type.element.width
-        wide = _vector(ir.IntType(2 * bits))
+        wide = vector(ir.IntType(2 * bits))
         product = b.mul(_resized(b, x, wide, signed), _resized(b, y, wide, signed))
         high = b.trunc(b.lshr(product, _same(wide, bits)), x.type)
         return b.add(high, z[0]) if add else high
@@ -115,7 +112,7 @@ def _high(signed: bool, add: bool = False) -> Build:
 
 def _wide(signed: bool, add: bool = False) -> Build:
     def built(b: Any, x: Any, y: Any, *z: Any) -> Any:
-        wide = _vector(ir.IntType(2 * x.type.element.width))
+        wide = vector(ir.IntType(2 * x.type.element.width))
         product = b.mul(_resized(b, x, wide, signed), _resized(b, y, wide, signed))
         return b.add(product, z[0]) if add else product
 
@@ -176,13 +173,13 @@ def _lop3(b: Any, x: Any, y: Any, z: Any, table: Any) -> Any:
 
 def _permute(b: Any, x: Any, y: Any, selection: Any) -> Any:
     """prmt (section 9.7.9.7): four of eight bytes, or their signs."""
-    wide = _vector(IR["b64"])
+    wide = vector(IR["b64"])
     both = b.or_(b.zext(x, wide), b.shl(b.zext(y, wide), _same(wide, 32)))
     out = _same(x, 0)
     for n in range(4):
         nibble = b.and_(b.lshr(selection, _same(x, 4 * n)), _same(x, 15))
         place = b.zext(b.shl(b.and_(nibble, _same(x, 7)), _same(x, 3)), wide)
-        byte = b.trunc(b.lshr(both, place), _vector(IR["b8"]))
+        byte = b.trunc(b.lshr(both, place), vector(IR["b8"]))
         sign = b.ashr(byte, _same(byte, 7))
         byte = b.select(b.icmp_unsigned(">", nibble, _same(x, 7)), sign, byte)
         out = b.or_(out, b.shl(b.zext(byte, x.type), _same(x, 8 * n)))
@@ -244,7 +241,7 @@ def _counted(name: str) -> Build:
             found = _call(b, f"llvm.ctlz.{_suffix(x.type)}", x.type, x, flag)
         else:
             found = _unary(name)(b, x)
-        return _resized(b, found, _vector(IR["b32"]), False)
+        return _resized(b, found, vector(IR["b32"]), False)
 
     return built
 
@@ -303,7 +300,7 @@ def _integers() -> None:
     _row("mov.pred", "pred", "pred", lambda b, x: x)
     # Vectors in braces: the parts of a register and back (mov, section 9.7.9.3).
     for part, whole in (("b16", "b32"), ("b32", "b64"), ("b16", "b64"), ("b8", "b32"), ("b8", "b16")):
-        kind = _vector(IR[part])
+        kind = vector(IR[part])
         _row(f"part.{part}.{whole}", part, f"{whole} b32",
              lambda b, x, at, kind=kind: b.trunc(b.lshr(x, _resized(b, at, x.type, False)), kind))  # fmt: skip
         _row(f"join.{part}.{whole}", whole, f"{whole} {part} b32",
@@ -350,7 +347,7 @@ def _extremum(name: str, of_nan: bool) -> Build:
     """The operand that is no NaN, or with .NaN the NaN; -0 below +0."""
 
     def built(b: Any, x: Any, y: Any) -> Any:
-        bits = _vector(IR["b32"] if isinstance(x.type.element, ir.FloatType) else IR["b64"])
+        bits = vector(IR["b32"] if isinstance(x.type.element, ir.FloatType) else IR["b64"])
         sign = "<" if name == "min" else ">"
         # Of two equal numbers, the signs decide: or of the bits for the smaller zero, and for the larger.
         join = b.or_ if name == "min" else b.and_
@@ -405,18 +402,18 @@ def _floats() -> None:
 
 def _half_to_float(b: Any, h: Any) -> Any:
     """float16's exponent is moved by a product, which makes normal numbers of denormal ones as well."""
-    wide = _vector(IR["b32"])
+    wide = vector(IR["b32"])
     h = b.zext(h, wide)
-    magnitude = b.bitcast(b.shl(b.and_(h, _same(wide, 0x7FFF)), _same(wide, 13)), _vector(IR["f32"]))
+    magnitude = b.bitcast(b.shl(b.and_(h, _same(wide, 0x7FFF)), _same(wide, 13)), vector(IR["f32"]))
     bits = b.bitcast(b.fmul(magnitude, _same(magnitude, 2.0**112)), wide)
     not_finite = b.icmp_unsigned(">=", b.and_(h, _same(wide, 0x7FFF)), _same(wide, 0x7C00))
     bits = b.select(not_finite, b.or_(bits, _same(wide, 0x7F800000)), bits)
-    return b.bitcast(b.or_(bits, b.shl(b.and_(h, _same(wide, 0x8000)), _same(wide, 16))), _vector(IR["f32"]))
+    return b.bitcast(b.or_(bits, b.shl(b.and_(h, _same(wide, 0x8000)), _same(wide, 16))), vector(IR["f32"]))
 
 
 def _float_to_half(b: Any, x: Any) -> Any:
     """To nearest, ties to even. Adding 1/2 leaves a denormal float16 in the low bits, rounded."""
-    wide = _vector(IR["b32"])
+    wide = vector(IR["b32"])
     bits = b.bitcast(x, wide)
     magnitude = b.and_(bits, _same(wide, 0x7FFFFFFF))
     odd = b.and_(b.lshr(magnitude, _same(wide, 13)), _same(wide, 1))
@@ -428,26 +425,26 @@ def _float_to_half(b: Any, x: Any) -> Any:
     out = b.select(b.icmp_unsigned(">=", magnitude, _same(wide, 143 << 23)), _same(wide, 0x7C00), out)
     out = b.select(b.icmp_unsigned(">", magnitude, _same(wide, 0x7F800000)), _same(wide, 0x7FFF), out)
     sign = b.and_(b.lshr(bits, _same(wide, 16)), _same(wide, 0x8000))
-    return b.trunc(b.or_(out, sign), _vector(IR["b16"]))
+    return b.trunc(b.or_(out, sign), vector(IR["b16"]))
 
 
 def _float_to_bfloat(b: Any, x: Any) -> Any:
     """To nearest, ties to even; NaN is 0x7FFF."""
-    wide = _vector(IR["b32"])
+    wide = vector(IR["b32"])
     bits = b.bitcast(x, wide)
     odd = b.and_(b.lshr(bits, _same(wide, 16)), _same(wide, 1))
     rounded = b.lshr(b.add(b.add(bits, _same(wide, 0x7FFF)), odd), _same(wide, 16))
-    return b.trunc(b.select(_is_nan(b, x), _same(wide, 0x7FFF), rounded), _vector(IR["b16"]))
+    return b.trunc(b.select(_is_nan(b, x), _same(wide, 0x7FFF), rounded), vector(IR["b16"]))
 
 
 def _bfloat_to_float(b: Any, h: Any) -> Any:
-    wide = _vector(IR["b32"])
-    return b.bitcast(b.shl(b.zext(h, wide), _same(wide, 16)), _vector(IR["f32"]))
+    wide = vector(IR["b32"])
+    return b.bitcast(b.shl(b.zext(h, wide), _same(wide, 16)), vector(IR["f32"]))
 
 
 def _float_to_tf32(b: Any, x: Any) -> Any:
     """.rna: to nearest, ties away from 0, 13 bits less."""
-    wide = _vector(IR["b32"])
+    wide = vector(IR["b32"])
     bits = b.bitcast(x, wide)
     rounded = b.and_(b.add(bits, _same(wide, 0x1000)), _same(wide, 0xFFFFE000))
     return b.select(_is_nan(b, x), _same(wide, 0x7FFFFFFF), rounded)
@@ -457,7 +454,7 @@ def _pair(convert: Build) -> Build:
     """Two numbers in the halves of a register, the first one above."""
 
     def built(b: Any, high: Any, low: Any) -> Any:
-        wide = _vector(IR["b32"])
+        wide = vector(IR["b32"])
         return b.or_(b.shl(b.zext(convert(b, high), wide), _same(wide, 16)), b.zext(convert(b, low), wide))
 
     return built
@@ -470,7 +467,7 @@ def _to_integer(mode: str, bits: int, signed: bool) -> Build:
     """NaN to 0, what is too large to the largest, as .sat is implied."""
 
     def built(b: Any, x: Any) -> Any:
-        to = _vector(ir.IntType(bits))
+        to = vector(ir.IntType(bits))
         name = f"llvm.fpto{'s' if signed else 'u'}i.sat.{_suffix(to)}.{_suffix(x.type)}"
         return _call(b, name, to, _unary(_ROUND[mode])(b, x))
 
@@ -490,7 +487,7 @@ def _clamped(source: str, target: str) -> Build:
             x = b.select(compare("<", x, _same(x, low)), _same(x, low), x)
         if high < most:
             x = b.select(compare(">", x, _same(x, high)), _same(x, high), x)
-        return _resized(b, x, _vector(ir.IntType(wanted)), s == "s")
+        return _resized(b, x, vector(ir.IntType(wanted)), s == "s")
 
     return built
 
@@ -501,12 +498,12 @@ def _conversions() -> None:
         for wanted in sizes:
             if bits < wanted:
                 for sign in "su":
-                    to, signed = _vector(ir.IntType(wanted)), sign == "s"
+                    to, signed = vector(ir.IntType(wanted)), sign == "s"
                     _row(f"extend.{sign}{bits}.b{wanted}", f"b{wanted}", f"b{bits}",
                          lambda b, x, to=to, signed=signed: _resized(b, x, to, signed))  # fmt: skip
             elif bits > wanted:
                 _row(f"cut.b{bits}.b{wanted}", f"b{wanted}", f"b{bits}",
-                     lambda b, x, w=wanted: b.trunc(x, _vector(ir.IntType(w))))  # fmt: skip
+                     lambda b, x, w=wanted: b.trunc(x, vector(ir.IntType(w))))  # fmt: skip
             for source in (f"s{bits}", f"u{bits}"):
                 for target in (f"s{wanted}", f"u{wanted}"):
                     _row(f"cvt.sat.{target}.{source}", f"b{wanted}", f"b{bits}", _clamped(source, target))
@@ -514,7 +511,7 @@ def _conversions() -> None:
         for bits in sizes:
             for sign, signed in (("s", True), ("u", False)):
                 name = f"{sign}{bits}"
-                to = _vector(IR[f])
+                to = vector(IR[f])
                 _row(f"cvt.{f}.{name}", f, f"b{bits}",
                      lambda b, x, to=to, signed=signed: (b.sitofp if signed else b.uitofp)(x, to))  # fmt: skip
                 for mode in _ROUND:
@@ -523,10 +520,10 @@ def _conversions() -> None:
             _float_row(f"cvt.{mode}", f, f, f, _unary(function))
     for name, build in (("", lambda b, x: x), (".sat", _saturate)):
         _float_row(f"cvt{name}", "f32", "f32", "f32", build)
-    _row("cvt.f64.f32", "f64", "f32", lambda b, x: b.fpext(x, _vector(IR["f64"])))
-    _row("cvt.f32.f64", "f32", "f64", lambda b, x: b.fptrunc(x, _vector(IR["f32"])))
+    _row("cvt.f64.f32", "f64", "f32", lambda b, x: b.fpext(x, vector(IR["f64"])))
+    _row("cvt.f32.f64", "f32", "f64", lambda b, x: b.fptrunc(x, vector(IR["f32"])))
     _row("cvt.f32.f16", "f32", "b16", _half_to_float)
-    _row("cvt.f64.f16", "f64", "b16", lambda b, x: b.fpext(_half_to_float(b, x), _vector(IR["f64"])))
+    _row("cvt.f64.f16", "f64", "b16", lambda b, x: b.fpext(_half_to_float(b, x), vector(IR["f64"])))
     _row("cvt.f16.f32", "b16", "f32", _float_to_half)
     _row("cvt.f32.bf16", "f32", "b16", _bfloat_to_float)
     _row("cvt.bf16.f32", "b16", "f32", _float_to_bfloat)
@@ -540,75 +537,3 @@ _comparisons()
 _floats()
 _conversions()
 NUMBER = {name: n for n, name in enumerate(TABLE)}
-
-
-# ------------------------------------------------------------------------------------------------------- the jump
-
-
-def _load(b: Any, file: Any, at: Any, kind: str) -> Any:
-    if kind == "pred":  # a bit for each lane
-        bits = b.load(b.bitcast(b.gep(file, [at]), IR["b32"].as_pointer()), align=4)
-        return b.bitcast(bits, _vector(IR["pred"]))
-    pointer = b.bitcast(b.gep(file, [at]), _vector(IR[kind]).as_pointer())
-    return b.load(pointer, align=4)
-
-
-def _store(b: Any, file: Any, at: Any, kind: str, value: Any, lanes: Any) -> None:
-    """The lanes that take part get the value, the others keep theirs."""
-    old = _load(b, file, at, kind)
-    value = b.select(lanes, value, old)
-    pointer = b.gep(file, [at])
-    if kind == "pred":
-        b.store(b.bitcast(value, IR["b32"]), b.bitcast(pointer, IR["b32"].as_pointer()), align=4)
-    else:
-        b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=4)
-
-
-@intrinsic
-def _jump(typingctx, number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
-    def codegen(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        number, file, result, *operands, lanes = arguments
-        file = b.inttoptr(file, IR["b8"].as_pointer())
-        taking_part = b.bitcast(lanes, _vector(IR["pred"]))
-        done = b.append_basic_block("done")
-        switch = b.switch(number, done)
-        for n, (name, row) in enumerate(TABLE.items()):
-            block = b.append_basic_block(name)
-            switch.add_case(ir.Constant(number.type, n), block)
-            b.position_at_end(block)
-            values = [_load(b, file, at, kind) for at, kind in zip(operands, row.operands, strict=False)]
-            _store(b, file, result, row.result, row.build(b, *values), taking_part)
-            b.branch(done)
-        b.position_at_end(done)
-        return context.get_dummy_value()
-
-    i32, i64 = types.int32, types.int64
-    return types.void(i32, i64, i32, i32, i32, i32, i32, types.uint32), codegen
-
-
-def compiled(sources: str) -> CFunc:
-    """`compute`, in Numba's cache on disk by the digest of all sources: it looks at this file alone. Its address is
-    called, so that this much code is optimised once and not again in each function above it."""
-
-    @cfunc("void(int32, int64, int32, int32, int32, int32, int32, uint32)", cache=True)
-    def compute(number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
-        """Row `number` of the table for a warp whose registers begin at the address `file`: operands and result are at
-        these bytes of it, and the lanes are a bit each."""
-        if len(sources):
-            _jump(number, file, result, first, second, third, fourth, lanes)
-
-    return compute
-
-
-@intrinsic
-def compute(typingctx, address, number, file, result, first, second, third, fourth, lanes):  # type: ignore[no-untyped-def]
-    """The compiled `compute` at an address."""
-
-    def codegen(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        address, *rest = arguments
-        kind = ir.FunctionType(ir.VoidType(), [x.type for x in rest])
-        b.call(b.inttoptr(address, kind.as_pointer()), rest)
-        return context.get_dummy_value()
-
-    i32, i64 = types.int32, types.int64
-    return types.void(i64, i32, i64, i32, i32, i32, i32, i32, types.uint32), codegen

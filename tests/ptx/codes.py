@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-# Operations. row, mode, ... say more.
+# Operations.
 COMPUTE, APPROXIMATE, LOAD, STORE, ATOMIC, COPY, COMMIT, WAIT, SHUFFLE, VOTE, MMA, LDMATRIX = range(12)
 
 # An operation. d, a, b, c, e: where the result and the operands are, in bytes from the start of the warp's registers.
 OPERATION = np.dtype(
     [
-        ("op", np.int32),
-        ("row", np.int32),  # of arithmetic.TABLE, or which function, way of shuffling, ...
-        ("guard", np.int32),  # the predicate's place, or -1
-        ("negate", np.int32),
-        ("statement", np.int32),
-        ("d", np.int32),
-        ("a", np.int32),
-        ("b", np.int32),
-        ("c", np.int32),
-        ("e", np.int32),
-        ("space", np.int32),
-        ("size", np.int32),  # bytes of an element
-        ("count", np.int32),  # elements of a vector
-        ("signed", np.int32),
-        ("list", np.int32),  # where in the pool the registers of a vector are: place and bytes of each
+        ("op", np.int64),
+        ("row", np.int64),  # of arithmetic.TABLE, or which function, way of shuffling, ...
+        ("guard", np.int64),  # the predicate's place, or -1
+        ("negate", np.int64),
+        ("statement", np.int64),
+        ("d", np.int64),
+        ("a", np.int64),
+        ("b", np.int64),
+        ("c", np.int64),
+        ("e", np.int64),
+        ("space", np.int64),
+        ("size", np.int64),  # bytes of an element
+        ("count", np.int64),  # elements of a vector
+        ("signed", np.int64),
+        ("flush", np.int64),  # .ftz
+        ("trans", np.int64),  # of ldmatrix
+        ("list", np.int64),  # where in the pool the registers of a vector are: place and bytes of each
         ("offset", np.int64),  # of an address
     ],
     align=True,
@@ -36,15 +38,15 @@ FALL, JUMP, RETURN, TRAP, BARRIER, WARP_BARRIER = range(6)
 # A run of operations that has one way in and one way out. Its number serves as program counter.
 BLOCK = np.dtype(
     [
-        ("first", np.int32),
-        ("last", np.int32),
-        ("end", np.int32),
-        ("guard", np.int32),  # of the jump, the return or the barrier
-        ("negate", np.int32),
-        ("target", np.int32),
-        ("statement", np.int32),  # that ends it
-        ("together", np.int32),  # all living lanes of a warp must be here
-        ("copies", np.int32),  # cp.async in it
+        ("first", np.int64),
+        ("last", np.int64),
+        ("end", np.int64),
+        ("guard", np.int64),  # of the jump, the return or the barrier
+        ("negate", np.int64),
+        ("target", np.int64),
+        ("statement", np.int64),  # that ends it
+        ("together", np.int64),  # all living lanes of a warp must be here
+        ("copies", np.int64),  # cp.async in it
     ],
     align=True,
 )

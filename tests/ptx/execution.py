@@ -14,9 +14,11 @@ from numba import njit
 
 from . import codes
 from .approximate import approximate
-from .arithmetic import LANES, compute
+from .arithmetic import LANES
+from .computing import compute
 from .matrix import load_matrix, multiply
-from .memory import Copies, Thread, atomic, commit, fail, load, start_copy, store, wait
+from .memory import Copies, Memory, Thread, atomic, commit, fail, load, start_copy, store, wait
+from .races import Shadow
 from .randomness import below
 from .raw import read32, write32
 from .warp import shuffle, vote
@@ -73,6 +75,20 @@ class Trail(NamedTuple):
     random: np.ndarray
 
 
+class Machine(NamedTuple):
+    """All of a launch. width, threads: warps and threads of a block."""
+
+    code: Code
+    warps: Warps
+    memory: Memory
+    shadow: Shadow
+    copies: Copies
+    settings: Settings
+    trail: Trail
+    width: int
+    threads: int
+
+
 # --------------------------------------------------------------------------------------------------------- operations
 
 
@@ -86,9 +102,9 @@ def guarded(lanes, guard, negate, file):  # type: ignore[no-untyped-def]
 
 
 @njit
-def operate(code, first, last, lanes, live, file, thread, memory, shadow, copies, settings, trail):  # type: ignore[no-untyped-def]
-    """Operations first to last - 1."""
-    operations, pool = code.operations, code.pool
+def operate(machine, first, last, lanes, file, thread):  # type: ignore[no-untyped-def]
+    """Operations first to last - 1, for some lanes of a warp whose registers are at `file`."""
+    operations, live = machine.code.operations, machine.warps.live[thread.warp]
     for n in range(first, last):
         one = operations[n]
         mine = lanes
@@ -98,30 +114,30 @@ def operate(code, first, last, lanes, live, file, thread, memory, shadow, copies
                 continue
         op = one.op
         if op == codes.COMPUTE:
-            compute(code.compute, one.row, file, one.d, one.a, one.b, one.c, one.e, np.uint32(mine))
+            compute(machine.code.compute, one.row, file, (one.d, one.a, one.b, one.c, one.e), mine)
         elif op == codes.LOAD:
-            load(one, file, mine, thread, memory, shadow, trail.traffic, pool)
+            load(one, file, mine, thread, machine)
         elif op == codes.STORE:
-            store(one, file, mine, thread, memory, shadow, trail.traffic, pool)
+            store(one, file, mine, thread, machine)
         elif op == codes.APPROXIMATE:
-            approximate(one.row, file, one.d, one.a, one.b, one.size, one.signed, mine, settings.noise, trail.random)
+            approximate(one, file, mine, machine.settings.noise, machine.trail.random)
         elif op == codes.MMA:
-            multiply(one, file, pool)
+            multiply(one, file, machine.code.pool)
         elif op == codes.LDMATRIX:
-            load_matrix(one, file, mine, thread, memory, shadow, trail.traffic, pool)
+            load_matrix(one, file, mine, thread, machine)
         elif op == codes.SHUFFLE:
-            shuffle(one, file, mine, live, shadow)
+            shuffle(one, file, mine, live, machine.shadow)
         elif op == codes.VOTE:
-            vote(one, file, mine, live, shadow)
+            vote(one, file, mine, live, machine.shadow)
         elif op == codes.COPY:
-            start_copy(one, file, mine, thread, memory, shadow, trail.traffic, copies, settings.late)
+            start_copy(one, file, mine, thread, machine)
         elif op == codes.COMMIT:
-            commit(mine, thread, copies)
+            commit(mine, thread, machine.copies)
         elif op == codes.WAIT:
-            wait(mine, one.count, thread, memory, shadow, copies)
+            wait(mine, one.count, thread, machine)
         else:
-            atomic(one, file, mine, thread, memory, shadow)
-        if memory.fault[0] != codes.FINE:
+            atomic(one, file, mine, thread, machine)
+        if machine.memory.fault[0] != codes.FINE:
             return
 
 
@@ -136,17 +152,17 @@ def move(pc, lanes, to):  # type: ignore[no-untyped-def]
 
 
 @njit
-def look(warps, blocks, w, shuffled, random):  # type: ignore[no-untyped-def]
-    """Where warp w goes on: the lowest place that some lanes may leave, or any such place. What a warp does together
-    waits until all its living lanes are there."""
-    able = warps.live[w] & ~warps.waiting[w]
+def look(machine, w):  # type: ignore[no-untyped-def]
+    """Where warp w goes on: the lowest place that some lanes may leave, or in random order any such place. What a warp
+    does together waits until all its living lanes are there."""
+    warps, blocks, shuffled = machine.warps, machine.code.blocks, machine.settings.shuffled
     warps.next[w], warps.ready[w] = NOWHERE, 0
-    pc, seen, left = warps.pc[w], 0, able
+    pc, seen, left = warps.pc[w], 0, warps.live[w] & ~warps.waiting[w]
     while left:
         lowest = NOWHERE
         for lane in range(LANES):
             if (left >> lane) & 1:
-                lowest = min(lowest, np.int64(pc[lane]))
+                lowest = min(lowest, pc[lane])
         here = np.int64(0)
         for lane in range(LANES):
             if (left >> lane) & 1 and pc[lane] == lowest:
@@ -156,51 +172,51 @@ def look(warps, blocks, w, shuffled, random):  # type: ignore[no-untyped-def]
             seen += 1
             if not shuffled:
                 left = np.int64(0)
-            if seen == 1 or below(random, seen) == 0:
+            if seen == 1 or below(machine.trail.random, seen) == 0:
                 warps.next[w], warps.ready[w] = lowest, here
 
 
 @njit
-def release(warps, blocks, b, width, threads, memory, shadow):  # type: ignore[no-untyped-def]
+def release(machine, b):  # type: ignore[no-untyped-def]
     """Where all living threads of block b wait at a barrier, they go on: whether they did."""
-    place, first, living = NOWHERE, b * width, 0
-    for w in range(first, first + width):
+    warps, blocks = machine.warps, machine.code.blocks
+    place, first, living = NOWHERE, b * machine.width, 0
+    for w in range(first, first + machine.width):
         if warps.waiting[w] != warps.live[w]:
             return False
         for lane in range(LANES):
             if (warps.live[w] >> lane) & 1:
                 living += 1
                 if place == NOWHERE:
-                    place = np.int64(warps.pc[w, lane])
+                    place = warps.pc[w, lane]
                 elif warps.pc[w, lane] != place:
-                    fail(memory, codes.BARRIERS, blocks[place].statement, w, lane, 0, 0,
-                         blocks[warps.pc[w, lane]].statement, 0)  # fmt: skip
+                    other = blocks[warps.pc[w, lane]].statement
+                    fail(machine.memory, codes.BARRIERS, blocks[place].statement, w, lane, (0, 0, other, 0))
                     return False
     if not living:
         return False
-    if living < threads:
-        shadow.findings[blocks[place].statement, codes.EXITED] += 1
+    if living < machine.threads:
+        machine.shadow.findings[blocks[place].statement, codes.EXITED] += 1
     warps.block_barriers[b] += 1
-    for w in range(first, first + width):
+    for w in range(first, first + machine.width):
         move(warps.pc[w], warps.waiting[w], place + 1)
         warps.waiting[w] = 0
     return True
 
 
 @njit
-def step(code, w, width, threads, warps, memory, shadow, copies, settings, trail):  # type: ignore[no-untyped-def]
+def step(machine, w):  # type: ignore[no-untyped-def]
     """Warp w runs the basic block where it is."""
+    code, warps, width = machine.code, machine.warps, machine.width
     here, lanes = warps.next[w], warps.ready[w]
     block, b = code.blocks[here], w // width
     file = np.int64(warps.files[w].ctypes.data)
-    trail.ran[here] += 1
+    machine.trail.ran[here] += 1
     if block.last > block.first:
         first = LANES * (w - b * width)
-        thread = Thread(w, b, first, warps.block_ids[b] * threads + first, threads,
+        thread = Thread(w, b, first, warps.block_ids[b] * machine.threads + first, machine.threads,
                         warps.warp_barriers[w], warps.block_barriers[b])  # fmt: skip
-        operate(
-            code, block.first, block.last, lanes, warps.live[w], file, thread, memory, shadow, copies, settings, trail
-        )
+        operate(machine, block.first, block.last, lanes, file, thread)
     taken = np.int64(0) if block.end == codes.FALL else guarded(lanes, block.guard, block.negate, file)
     pc = warps.pc[w]
     if block.end == codes.BARRIER:
@@ -209,157 +225,157 @@ def step(code, w, width, threads, warps, memory, shadow, copies, settings, trail
     else:
         move(pc, lanes, here + 1)
         if block.end == codes.JUMP:
-            move(pc, taken, np.int64(block.target))
+            move(pc, taken, block.target)
         elif block.end == codes.WARP_BARRIER:
             warps.warp_barriers[w] += taken != 0
         elif block.end == codes.TRAP and taken:
-            fail(memory, codes.TRAPPED, block.statement, w, 0, 0, 0, 0, 0)
+            fail(machine.memory, codes.TRAPPED, block.statement, w, 0)
     gone = taken if block.end == codes.RETURN else np.int64(0)
     if here + 1 == code.blocks.size:  # behind the last statement
         for lane in range(LANES):
             if (lanes >> lane) & 1 and pc[lane] == here + 1:
                 gone |= np.int64(1) << lane
     warps.live[w] &= ~gone
-    if (block.end == codes.BARRIER or gone) and release(warps, code.blocks, b, width, threads, memory, shadow):
+    if (block.end == codes.BARRIER or gone) and release(machine, b):
         for other in range(b * width, (b + 1) * width):
-            look(warps, code.blocks, other, settings.shuffled, trail.random)
-    look(warps, code.blocks, w, settings.shuffled, trail.random)
+            look(machine, other)
+    look(machine, w)
 
 
 # ------------------------------------------------------------------------------------------------------------- a launch
 
 
 @njit
-def begin(code, warps, copies, memory, shadow, count, width, threads, settings, trail):  # type: ignore[no-untyped-def]
+def begin(machine, count):  # type: ignore[no-untyped-def]
     """The registers, memory and counters of `count` new blocks."""
-    (gx, gy, _), (bx, by, _) = settings.grid, settings.block
+    code, warps, memory, shadow = machine.code, machine.warps, machine.memory, machine.shadow
+    (gx, gy, _), (bx, by, _) = machine.settings.grid, machine.settings.block
     values = np.empty(len(code.special), np.int64)
-    for w in range(count * width):
+    for w in range(count * machine.width):
         warps.files[w] = code.template
         file = np.int64(warps.files[w].ctypes.data)
-        number = warps.block_ids[w // width]
+        number = warps.block_ids[w // machine.width]
         warps.warp_barriers[w] = 0
-        copies.length[w] = 0
-        copies.closed[w] = 0
+        machine.copies.length[w] = 0
         warps.waiting[w], warps.live[w] = 0, ALL
-        warps.pc[w] = 0
         for lane in range(LANES):
-            t = LANES * (w % width) + lane
+            warps.pc[w, lane] = machine.copies.closed[w, lane] = 0
+            t = LANES * (w % machine.width) + lane
             values[0], values[1], values[2] = t % bx, t // bx % by, t // (bx * by)
             values[3], values[4], values[5] = number % gx, number // gx % gy, number // (gx * gy)
-            values[6], values[7] = lane, w % width
+            values[6], values[7] = lane, w % machine.width
             values[8], values[9], values[10] = 1 << lane, (1 << lane) - 1, (2 << lane) - 1
             values[11], values[12] = ALL & ~((1 << lane) - 1), ALL & ~((2 << lane) - 1)
             for n in range(len(code.special)):
                 if code.special[n] >= 0:
                     write32(file + code.special[n] + 4 * lane, np.uint64(values[n]))
-        look(warps, code.blocks, w, settings.shuffled, trail.random)
-    warps.block_barriers[:] = 1
-    shadow.written[:] = 0
-    shadow.atomic[:] = 0
-    shadow.read[:] = 0
-    for address in range(memory.shared, memory.shared + count * memory.shared_stride, 8):
-        poison(address)
-    for address in range(memory.local, memory.local + count * threads * memory.local_stride, 8):
-        poison(address)
+        look(machine, w)
+    for b in range(count):
+        warps.block_barriers[b] = 1
+        for cell in range(shadow.written.shape[1]):
+            shadow.written[b, cell] = shadow.atomic[b, cell] = shadow.read[b, cell] = 0
+    poison(memory.shared, count * memory.shared_stride)
+    poison(memory.local, count * machine.threads * memory.local_stride)
 
 
 @njit
-def poison(address):  # type: ignore[no-untyped-def]
+def poison(address, nbytes):  # type: ignore[no-untyped-def]
     """Memory that nobody wrote is full of NaN."""
-    write32(address, np.uint64(0xFFFFFFFF))
-    write32(address + 4, np.uint64(0xFFFFFFFF))
+    for n in range(0, nbytes, 4):
+        write32(address + n, np.uint64(0xFFFFFFFF))
 
 
 @njit
-def roomier(copies, warps, room):  # type: ignore[no-untyped-def]
-    """The same copies with room for twice as many."""
-    entries = np.empty((warps, room, 5), np.int64)
-    data = np.empty((warps, room, 2), np.uint64)
-    entries[:, : copies.entries.shape[1]] = copies.entries
-    data[:, : copies.data.shape[1]] = copies.data
-    return Copies(entries, data, copies.length, copies.closed)
+def roomier(machine):  # type: ignore[no-untyped-def]
+    """The same machine with room for twice as many copies."""
+    old = machine.copies
+    warps, room = old.entries.shape[0], 2 * old.entries.shape[1]
+    entries, data = np.empty((warps, room, 5), np.int64), np.empty((warps, room, 2), np.uint64)
+    for w in range(warps):
+        for n in range(old.length[w]):
+            for k in range(5):
+                entries[w, n, k] = old.entries[w, n, k]
+            for k in range(2):
+                data[w, n, k] = old.data[w, n, k]
+    return Machine(
+        machine.code, machine.warps, machine.memory, machine.shadow, Copies(entries, data, old.length, old.closed),
+        machine.settings, machine.trail, machine.width, machine.threads,
+    )  # fmt: skip
 
 
 @njit
-def stuck(code, warps, count, memory):  # type: ignore[no-untyped-def]
+def stuck(machine, total):  # type: ignore[no-untyped-def]
     """No warp can go on: all are done, or it is an error."""
-    for w in range(count):
-        if warps.live[w]:
-            waits = False
-            for other in range(count):
-                waits |= warps.waiting[other] != 0
-            for lane in range(LANES):
-                if (warps.live[w] >> lane) & 1 and (waits or not (warps.waiting[w] >> lane) & 1):
-                    kind = codes.DEADLOCK if waits else codes.APART
-                    fail(memory, kind, code.blocks[warps.pc[w, lane]].statement, w, lane, 0, 0, 0, 0)
-                    return
+    warps, waits = machine.warps, False
+    for w in range(total):
+        waits |= warps.waiting[w] != 0
+    for w in range(total):
+        for lane in range(LANES):
+            if (warps.live[w] >> lane) & 1:
+                kind = codes.DEADLOCK if waits else codes.APART
+                fail(machine.memory, kind, machine.code.blocks[warps.pc[w, lane]].statement, w, lane)
+                return
 
 
 @njit
-def resident(code, count, width, threads, warps, memory, shadow, copies, settings, trail, steps):  # type: ignore[no-untyped-def]
-    """Run the blocks that are resident to their end; steps were made before."""
-    total = count * width
-    most = LANES * code.blocks["copies"].max() + 1  # that a step may start
-    while memory.fault[0] == codes.FINE:
-        lowest = NOWHERE
-        if settings.shuffled:
-            start = below(trail.random, total)
-            for n in range(total):
-                w = (start + n) % total
-                if warps.next[w] < NOWHERE:
-                    lowest = warps.next[w]
-                    break
-        else:
-            for w in range(total):
-                lowest = min(lowest, warps.next[w])
-        if lowest == NOWHERE:
-            stuck(code, warps, total, memory)
-            break
-        if copies.entries.shape[1] < copies.length.max() + most:
-            copies = roomier(copies, total, 2 * copies.entries.shape[1])
-            continue
-        if settings.shuffled:
-            # Short turns mix the warps, long ones let one run far ahead.
-            for _ in range(1 << below(trail.random, 7)):
-                if warps.next[w] == NOWHERE or memory.fault[0] != codes.FINE:
-                    break
-                if copies.entries.shape[1] < copies.length[w] + most:
-                    break
-                step(code, w, width, threads, warps, memory, shadow, copies, settings, trail)
-                steps += 1
-        else:
-            for w in range(total):
-                if warps.next[w] == lowest and memory.fault[0] == codes.FINE:
-                    step(code, w, width, threads, warps, memory, shadow, copies, settings, trail)
-                    steps += 1
-        if steps > settings.limit:
-            fail(memory, codes.TOO_LONG, 0, 0, 0, 0, 0, 0, 0)
+def turn(machine, total):  # type: ignore[no-untyped-def]
+    """Which warp goes on, NOWHERE if none can, and for how many steps. In lockstep, the first one that is where the
+    lowest program counter is, for one step."""
+    warps, random = machine.warps, machine.trail.random
+    if machine.settings.shuffled:
+        start = below(random, total)
+        for n in range(total):
+            w = (start + n) % total
+            if warps.next[w] < NOWHERE:
+                # Short turns mix the warps, long ones let one run far ahead.
+                return w, np.int64(1) << below(random, 7)
+        return NOWHERE, np.int64(0)
+    chosen, lowest = NOWHERE, NOWHERE
     for w in range(total):
-        for n in range(copies.length[w] if memory.fault[0] == codes.FINE else 0):
-            shadow.findings[copies.entries[w, n, 0], codes.PENDING] += 1
-    return copies, steps
+        if warps.next[w] < lowest:
+            chosen, lowest = np.int64(w), warps.next[w]
+    return chosen, np.int64(1)
+
+
+@njit
+def resident(machine, count, steps):  # type: ignore[no-untyped-def]
+    """Run the blocks that are resident to their end; steps were made before."""
+    total, fault = count * machine.width, machine.memory.fault
+    most = np.int64(1)  # copies that a step may start
+    for block in machine.code.blocks:
+        most = max(most, LANES * block.copies + 1)
+    while fault[0] == codes.FINE:
+        w, turns = turn(machine, total)
+        if w == NOWHERE:
+            stuck(machine, total)
+            break
+        while turns and fault[0] == codes.FINE and machine.warps.next[w] < NOWHERE:
+            while machine.copies.entries.shape[1] < machine.copies.length[w] + most:
+                machine = roomier(machine)
+            step(machine, w)
+            turns -= 1
+            steps += 1
+        if steps > machine.settings.limit:
+            fail(machine.memory, codes.TOO_LONG, 0, 0, 0)
+    for w in range(total):
+        for n in range(machine.copies.length[w] if fault[0] == codes.FINE else 0):
+            machine.shadow.findings[machine.copies.entries[w, n, 0], codes.PENDING] += 1
+    return machine, steps
 
 
 def compiled(sources: str):  # type: ignore[no-untyped-def]
-    """`run`, kept as arithmetic.compiled has it."""
+    """`run`, kept as computing.compiled has it."""
 
     @njit(cache=True)
-    def run(code, order, warps, memory, shadow, copies, settings, trail):  # type: ignore[no-untyped-def]
+    def run(machine, order):  # type: ignore[no-untyped-def]
         """Every block of the grid, in this order, as many at a time as there is room for. Returns the steps."""
-        if len(sources) == 0:
-            return 0
-        bx, by, bz = settings.block
-        threads = bx * by * bz
-        width = threads // LANES
-        room = warps.block_ids.size
-        steps = 0
-        for first in range(0, order.size, room):
+        room, steps = machine.warps.block_ids.size, np.int64(0)
+        for first in range(0, order.size if len(sources) else 0, room):
             count = min(room, order.size - first)
-            warps.block_ids[:count] = order[first : first + count]
-            begin(code, warps, copies, memory, shadow, count, width, threads, settings, trail)
-            copies, steps = resident(code, count, width, threads, warps, memory, shadow, copies, settings, trail, steps)
-            if memory.fault[0] != codes.FINE:
+            machine.warps.block_ids[:count] = order[first : first + count]
+            begin(machine, count)
+            machine, steps = resident(machine, count, steps)
+            if machine.memory.fault[0] != codes.FINE:
                 break
         return steps
 

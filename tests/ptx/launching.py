@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arithmetic, codes, execution, traffic
+from . import codes, computing, execution, traffic
 from .arithmetic import LANES
 from .errors import Hang, PTXError
-from .execution import Code, Settings, Trail, Warps
+from .execution import Code, Machine, Settings, Trail, Warps
 from .lowering import Program, lower
 from .memory import Copies, Memory
 from .parser import Kernel, parse
@@ -66,12 +66,12 @@ def watching(steps: float = float("inf")) -> Iterator[Trace]:
 
 @functools.cache
 def _compiled() -> tuple[Any, int]:
-    """execution.run, and the address of arithmetic.compute."""
+    """execution.run, and the address of computing.compute."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
     stamp = sources.hexdigest()
-    return execution.compiled(stamp), arithmetic.compiled(stamp).address
+    return execution.compiled(stamp), computing.compiled(stamp).address
 
 
 def launch(
@@ -220,8 +220,9 @@ class Launch:
             np.zeros(warps.live.size, np.int64), np.zeros((warps.live.size, LANES), np.int64),
         )  # fmt: skip
         code = self._code(values, symbols, dynamic)
+        machine = Machine(code, warps, memory, shadow, copies, settings, trail, self.threads // LANES, self.threads)
         run, _ = _compiled()
-        self.steps = int(run(code, order, warps, memory, shadow, copies, settings, trail))
+        self.steps = int(run(machine, order))
         del kept
         self._tell(memory.fault, shadow.findings, trail, warps, trace, buffers)
         return self

@@ -275,7 +275,7 @@ class _Lowering:
             mine = operations["op"][block["first"] : block["last"]]
             block["copies"] = np.count_nonzero(mine == codes.COPY)
         return Program(
-            operations, blocks, np.array([*self.pool, 0], np.int32), self.size + -self.size % 256,
+            operations, blocks, np.array([*self.pool, 0], np.int64), self.size + -self.size % 256,
             [(place, size, bits) for (bits, size), place in self.constants.items()],
             self.parameters, self.globals, self.special, self.launch,
             self.shared_bytes, self.local_bytes, statements,

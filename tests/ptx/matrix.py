@@ -82,26 +82,27 @@ def multiply(one, file, pool):  # type: ignore[no-untyped-def]
 
 
 @njit
-def load_matrix(one, file, lanes, thread, memory, shadow, rows, pool):  # type: ignore[no-untyped-def]
+def load_matrix(one, file, lanes, thread, machine):  # type: ignore[no-untyped-def]
     """ldmatrix (section 9.7.14.5.15): lane 8m + r has the address of row r of matrix m. Lane l gets two neighbours of
     row l / 4, or with .trans of column l / 4."""
     offsets = np.empty(LANES, np.int64)
     where = np.zeros(LANES, np.int64)
     for lane in range(8 * one.count):
         address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
-        space, number, offset, where[lane] = locate(memory, one.space, address, 16, False, thread, lane, one.statement)
+        place = locate(machine.memory, one.space, address, 16, False, thread, lane, one.statement)
+        _, _, offsets[lane], where[lane] = place
         if where[lane] == 0:
             return
-        offsets[lane] = offset
-        note(shadow, False, space, number, offset, 16, thread, lane, one.statement)
-    tally(rows, one.statement, False, SHARED, offsets, (np.int64(1) << (8 * one.count)) - 1, 16)
+        note(machine.shadow, False, place, 16, thread, lane, one.statement)
+    tally(machine.trail.traffic, one.statement, False, SHARED, offsets, (np.int64(1) << (8 * one.count)) - 1, 16)
+    pool = machine.code.pool
     for m in range(one.count):
-        place, width = pool[one.list + 2 * m], pool[one.list + 2 * m + 1]
+        register, width = pool[one.list + 2 * m], pool[one.list + 2 * m + 1]
         for lane in range(LANES):
             if (lanes >> lane) & 1:
                 row, column = lane // 4, 2 * (lane % 4)
-                if one.signed:  # .trans
+                if one.trans:
                     low, high = where[8 * m + column] + 2 * row, where[8 * m + column + 1] + 2 * row
                 else:
                     low, high = where[8 * m + row] + 2 * column, where[8 * m + row] + 2 * column + 2
-                write32(file + place + width * lane, read16(low) | (read16(high) << np.uint64(16)))
+                write32(file + register + width * lane, read16(low) | (read16(high) << np.uint64(16)))

@@ -60,11 +60,12 @@ class Thread(NamedTuple):
 
 
 @njit
-def fail(memory, kind, statement, warp, lane, space, number, offset, nbytes):  # type: ignore[no-untyped-def]
+def fail(memory, kind, statement, warp, lane, access=(0, 0, 0, 0)):  # type: ignore[no-untyped-def]
+    """access: space, number of the allocation, offset, bytes."""
     fault = memory.fault
     if fault[0] == codes.FINE:
         fault[0], fault[1], fault[2], fault[3] = kind, statement, warp, lane
-        fault[4], fault[5], fault[6], fault[7] = space, number, offset, nbytes
+        fault[4], fault[5], fault[6], fault[7] = access
 
 
 @njit
@@ -98,7 +99,7 @@ def locate(memory, space, address, nbytes, writes, thread, lane, statement):  # 
     if kind == codes.FINE and (offset < 0 or offset + nbytes > size):
         kind = codes.OUTSIDE
     if kind != codes.FINE:
-        fail(memory, kind, statement, thread.warp, lane, space, number, offset, nbytes)
+        fail(memory, kind, statement, thread.warp, lane, (space, number, offset, nbytes))
         return space, number, offset, np.int64(0)
     return space, number, offset, np.int64(base + offset)
 
@@ -110,8 +111,9 @@ def clock(thread, lane):  # type: ignore[no-untyped-def]
 
 
 @njit
-def note(shadow, writes, space, number, offset, nbytes, thread, lane, statement):  # type: ignore[no-untyped-def]
-    """A plain access, for races.py."""
+def note(shadow, writes, place, nbytes, thread, lane, statement):  # type: ignore[no-untyped-def]
+    """A plain access, for races.py. place: what locate found."""
+    space, number, offset, _ = place
     if space == SHARED:
         me = clock(thread, lane)
         if writes:
@@ -141,47 +143,45 @@ def tally(rows, statement, writes, space, offsets, lanes, nbytes):  # type: igno
 
 
 @njit
-def load(one, file, lanes, thread, memory, shadow, rows, pool):  # type: ignore[no-untyped-def]
-    """ld: `one` is a record of codes.OPERATION."""
-    size, nbytes = one.size, one.size * one.count
+def load(one, file, lanes, thread, machine):  # type: ignore[no-untyped-def]
+    """ld. one: a record of codes.OPERATION. file: the address of the warp's registers. machine: execution.Machine."""
+    size, nbytes, pool = one.size, one.size * one.count, machine.code.pool
     offsets = np.empty(LANES, np.int64)
     last = GLOBAL
     for lane in range(LANES):
         if (lanes >> lane) & 1:
             address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
-            space, number, offset, where = locate(
-                memory, one.space, address, nbytes, False, thread, lane, one.statement
-            )
+            place = locate(machine.memory, one.space, address, nbytes, False, thread, lane, one.statement)
+            last, _, offsets[lane], where = place
             if where == 0:
                 return
-            offsets[lane], last = offset, space
-            note(shadow, False, space, number, offset, nbytes, thread, lane, one.statement)
+            note(machine.shadow, False, place, nbytes, thread, lane, one.statement)
             for n in range(one.count):
                 value = read(where + n * size, size)
                 if one.signed:
                     value = extended(value, size)
-                place, width = pool[one.list + 2 * n], pool[one.list + 2 * n + 1]
-                write(file + place + width * lane, value, width)
-    tally(rows, one.statement, False, last, offsets, lanes, nbytes)
+                register, width = pool[one.list + 2 * n], pool[one.list + 2 * n + 1]
+                write(file + register + width * lane, value, width)
+    tally(machine.trail.traffic, one.statement, False, last, offsets, lanes, nbytes)
 
 
 @njit
-def store(one, file, lanes, thread, memory, shadow, rows, pool):  # type: ignore[no-untyped-def]
-    size, nbytes = one.size, one.size * one.count
+def store(one, file, lanes, thread, machine):  # type: ignore[no-untyped-def]
+    size, nbytes, pool = one.size, one.size * one.count, machine.code.pool
     offsets = np.empty(LANES, np.int64)
     last = GLOBAL
     for lane in range(LANES):
         if (lanes >> lane) & 1:
             address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
-            space, number, offset, where = locate(memory, one.space, address, nbytes, True, thread, lane, one.statement)
+            place = locate(machine.memory, one.space, address, nbytes, True, thread, lane, one.statement)
+            last, _, offsets[lane], where = place
             if where == 0:
                 return
-            offsets[lane], last = offset, space
-            note(shadow, True, space, number, offset, nbytes, thread, lane, one.statement)
+            note(machine.shadow, True, place, nbytes, thread, lane, one.statement)
             for n in range(one.count):
-                place, width = pool[one.list + 2 * n], pool[one.list + 2 * n + 1]
-                write(where + n * size, read(file + place + width * lane, width), size)
-    tally(rows, one.statement, True, last, offsets, lanes, nbytes)
+                register, width = pool[one.list + 2 * n], pool[one.list + 2 * n + 1]
+                write(where + n * size, read(file + register + width * lane, width), size)
+    tally(machine.trail.traffic, one.statement, True, last, offsets, lanes, nbytes)
 
 
 # ------------------------------------------------------------------------------------------------------------- atomics
@@ -222,17 +222,19 @@ def combined(which, kind, size, old, b, c):  # type: ignore[no-untyped-def]
 
 
 @njit
-def atomic(one, file, lanes, thread, memory, shadow):  # type: ignore[no-untyped-def]
+def atomic(one, file, lanes, thread, machine):  # type: ignore[no-untyped-def]
     """Lane after lane."""
     size = one.size
     for lane in range(LANES):
         if (lanes >> lane) & 1:
             address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
-            space, _, offset, where = locate(memory, one.space, address, size, True, thread, lane, one.statement)
+            space, _, offset, where = locate(
+                machine.memory, one.space, address, size, True, thread, lane, one.statement
+            )
             if where == 0:
                 return
             if space == SHARED:
-                races.note_atomic(shadow, thread.block, offset, size, clock(thread, lane), one.statement)
+                races.note_atomic(machine.shadow, thread.block, offset, size, clock(thread, lane), one.statement)
             old = read(where, size)
             b, c = read(file + one.b + size * lane, size), read(file + one.c + size * lane, size)
             write(where, combined(one.row, one.signed, size, old, b, c), size)
@@ -253,51 +255,57 @@ class Copies(NamedTuple):
 
 
 @njit
-def start_copy(one, file, lanes, thread, memory, shadow, rows, copies, late):  # type: ignore[no-untyped-def]
+def source_of(one, file, thread, lane, given, machine):  # type: ignore[no-untyped-def]
+    """Where the bytes come from that a copy reads, as locate has it; all of them may be read, or none."""
+    address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
+    whole = one.size * one.count
+    nbytes = whole if given == whole else 1
+    place = locate(machine.memory, GLOBAL, address, nbytes, False, thread, lane, one.statement)
+    if nbytes < given:
+        end = locate(machine.memory, GLOBAL, address + given - 1, 1, False, thread, lane, one.statement)
+        if end[3] == 0:
+            return end
+    return place
+
+
+@njit
+def start_copy(one, file, lanes, thread, machine):  # type: ignore[no-untyped-def]
     """cp.async: what it reads is read now. It is written to shared memory now, or when it is waited for."""
-    nbytes = one.size * one.count
+    memory, shadow, copies = machine.memory, machine.shadow, machine.copies
+    nbytes, w = one.size * one.count, thread.warp
     offsets, sources = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     read_by = np.int64(0)
     for lane in range(LANES):
         if (lanes >> lane) & 1:
             target = np.int64(read64(file + one.d + 8 * lane))
-            _, _, offset, where = locate(memory, SHARED, target, nbytes, True, thread, lane, one.statement)
+            _, _, offsets[lane], where = locate(memory, SHARED, target, nbytes, True, thread, lane, one.statement)
             if where == 0:
                 return
-            offsets[lane] = offset
             given = np.int64(read32(file + one.b + 4 * lane))
             if given > nbytes:
-                fail(memory, codes.PARTIAL_COPY, one.statement, thread.warp, lane, SHARED, 0, offset, given)
+                fail(memory, codes.PARTIAL_COPY, one.statement, w, lane, (SHARED, 0, offsets[lane], given))
                 return
-            low = high = np.uint64(0)
+            n = copies.length[w]
+            entry, data = copies.entries[w, n], copies.data[w, n]
+            data[0] = data[1] = 0
             if given:
-                address = np.int64(read64(file + one.a + 8 * lane)) + one.offset
-                _, number, at, source = locate(
-                    memory, GLOBAL, address, nbytes if given == nbytes else 1, False, thread, lane, one.statement
-                )
-                if source == 0 or (given < nbytes and locate(
-                    memory, GLOBAL, address + given - 1, 1, False, thread, lane, one.statement)[3] == 0
-                ):  # fmt: skip
+                place = source_of(one, file, thread, lane, given, machine)
+                _, _, sources[lane], source = place
+                if source == 0:
                     return
-                note(shadow, False, GLOBAL, number, at, given, thread, lane, one.statement)
-                sources[lane] = at
+                note(shadow, False, place, given, thread, lane, one.statement)
                 read_by |= np.int64(1) << lane
-                for n in range(min(given, 8)):
-                    low |= read(source + n, 1) << np.uint64(8 * n)
-                for n in range(8, given):
-                    high |= read(source + n, 1) << np.uint64(8 * (n - 8))
-            n = copies.length[thread.warp]
-            entry, data = copies.entries[thread.warp, n], copies.data[thread.warp, n]
-            entry[0], entry[1], entry[2] = one.statement, lane, copies.closed[thread.warp, lane]
-            entry[3], entry[4] = offset, nbytes
-            data[0], data[1] = low, high
-            if late:
-                copies.length[thread.warp] = n + 1
+                for k in range(given):
+                    data[k // 8] |= read(source + k, 1) << np.uint64(8 * (k % 8))
+            entry[0], entry[1], entry[2] = one.statement, lane, copies.closed[w, lane]
+            entry[3], entry[4] = offsets[lane], nbytes
+            if machine.settings.late:
+                copies.length[w] = n + 1
             else:
                 land(entry, data, thread, memory, shadow)
     if read_by:
-        tally(rows, one.statement, False, GLOBAL, sources, read_by, nbytes)
-    tally(rows, one.statement, True, SHARED, offsets, lanes, nbytes)
+        tally(machine.trail.traffic, one.statement, False, GLOBAL, sources, read_by, nbytes)
+    tally(machine.trail.traffic, one.statement, True, SHARED, offsets, lanes, nbytes)
 
 
 @njit
@@ -321,15 +329,15 @@ def commit(lanes, thread, copies):  # type: ignore[no-untyped-def]
 
 
 @njit
-def wait(lanes, pending, thread, memory, shadow, copies):  # type: ignore[no-untyped-def]
+def wait(lanes, pending, thread, machine):  # type: ignore[no-untyped-def]
     """Until at most so many of a lane's latest groups are on their way; -1: nothing at all."""
-    kept = 0
+    copies, kept = machine.copies, 0
     entries, data = copies.entries[thread.warp], copies.data[thread.warp]
     for n in range(copies.length[thread.warp]):
         lane = entries[n, 1]
         done = (lanes >> lane) & 1 and (pending < 0 or entries[n, 2] < copies.closed[thread.warp, lane] - pending)
         if done:
-            land(entries[n], data[n], thread, memory, shadow)
+            land(entries[n], data[n], thread, machine.memory, machine.shadow)
         else:
             entries[kept], data[kept] = entries[n], data[n]
             kept += 1

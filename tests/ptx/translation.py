@@ -249,7 +249,7 @@ def _function(at: _Lowering, s: Statement) -> None:
     operands = [at.read(text, s.type) for text in s.operands[1:]]
     place, after = at.write(s.operands[0], s.type)
     at.emit(codes.APPROXIMATE, row=codes.FUNCTIONS.index(s.opcode), d=place, a=operands[0], b=operands[-1],
-            size=SIZE[s.type], signed=int("ftz" in s.mods))  # fmt: skip
+            size=SIZE[s.type], flush=int("ftz" in s.mods))  # fmt: skip
     after()
 
 
@@ -389,7 +389,7 @@ def _ldmatrix(at: _Lowering, s: Statement) -> None:
     if "m8n8" not in s.mods or s.type != "b16" or count != len(names):
         raise PTXError("not covered")
     base, offset = at.address(s.operands[1])
-    at.emit(codes.LDMATRIX, a=base, offset=offset, count=count, space=_space(s), signed=int("trans" in s.mods),
+    at.emit(codes.LDMATRIX, a=base, offset=offset, count=count, space=_space(s), trans=int("trans" in s.mods),
             list=at.listed(names, "b32", pad=True))  # fmt: skip
 
 
