@@ -23,7 +23,7 @@ heads only.
 from typing import Any, NamedTuple
 
 from .call import TILE, buffers, call_record, own_scratch, part_record, sequence_record, tile_rows, tiles_of
-from .compile import inner
+from .compile import inner, outlined
 from .products import MR, Matrix, Parts, Seen, Stack, row_products, score_products, value_products
 from .queries import (
     Keys,
@@ -196,7 +196,7 @@ def tile_at(task, t):
 # ---------------------------------------------------------------- loading a tile
 
 
-@inner
+@outlined
 def load_rows(task, queries, array, rows, n):
     """The tile's rows of an array as accumulation type, padded with zeros; their addresses are left in the table."""
     table, ld, count = i64_ptr(at_byte(task.scratch, task.call.at_table)), whole_vectors(rows, n), queries.count
@@ -212,7 +212,7 @@ def load_rows(task, queries, array, rows, n):
     return table
 
 
-@inner
+@outlined
 def mark_bad_rows(task, tile):
     """A row that is not finite becomes 0 among the rows, and is marked: see `add_bad_rows`."""
     call, q_rows, dout_rows, bad = task.call, tile.q_rows, tile.dout_rows, tile.bad
@@ -261,7 +261,7 @@ def load_tile(task, tile):
 # ---------------------------------------------------------------- P and dS
 
 
-@inner
+@outlined
 def weights(tile, keys, w):
     """p: scores in, weights out; ds: dP in, dS = p (dP - delta) out; both 0 for a hidden pair.
 
@@ -282,7 +282,7 @@ def weights(tile, keys, w):
             store(dp + at, ds)
 
 
-@inner
+@outlined
 def dropped_weights(tile, keep, keys, w):
     """weights() under dropout: keep holds 0 or 1 / (1 - dropout_p), and p goes out times it."""
     s, dp = tile.p, tile.ds
@@ -339,7 +339,7 @@ def pair_block(task, unit, tile, keys, k, v):
     return seen
 
 
-@inner
+@outlined
 def add_bad_rows(task, tile, part, dk, dv):
     """What marked rows feed: dS is not finite where such a row is visible, and 0 where it is hidden.
 
@@ -406,7 +406,7 @@ def attend_block(task, span, n, j0):
 # ---------------------------------------------------------------- a range of keys
 
 
-@inner
+@outlined
 def zeroed(p, rows, n):
     """Rows of zeros, as wide as whole vectors. The last register tile of a product may reach past the last one."""
     ld = whole_vectors(p, n)
@@ -448,7 +448,7 @@ def load_tiles(task, span, first_tile, n):
     return max(from_key - span.low, 0), min(to_key, span.high)
 
 
-@inner
+@outlined
 def write_keys(array, src, factor, rows, n):
     """src * factor to rows of dk or dv, in the caller's storage; -0 becomes +0."""
     for j in range(rows):

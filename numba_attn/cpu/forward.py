@@ -20,7 +20,7 @@ import numpy as np
 
 from ..online import LN2, LOG2E
 from .call import TILE, buffers, tile_rows
-from .compile import inner
+from .compile import inner, outlined
 from .items import work_items
 from .products import Seen, value_products
 from .queries import (
@@ -135,7 +135,7 @@ def begin_long_sums(sums, w, n):
         sums.m[r] = MINUS_INF
 
 
-@inner
+@outlined
 def flush(w, n, state, sums):
     """Third level: what a tile has summed so far moves to sums; exact for a lane that has summed nothing since."""
     m_sum, l_sum, o_sum = sums.m, sums.l, sums.o

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..online import LN2, LOG2E
 from .call import TILE, buffers, tile_rows
-from .compile import inner
+from .compile import inner, outlined
 from .items import work_items
 from .products import Seen, score_products, value_products
 from .queries import (
@@ -114,19 +114,19 @@ def tile_of(task):
 # ---------------------------------------------------------------- small loops
 
 
-@inner
+@outlined
 def add_scaled(x, y, factor, begin, end):
     for n in range(begin, end):
         x[n] = x[n] + y[n] * factor
 
 
-@inner
+@outlined
 def multiply(x, y, begin, end):
     for n in range(begin, end):
         x[n] = x[n] * y[n]
 
 
-@inner
+@outlined
 def add_lanes(sums, x, part, w, keys):
     """sums[lane] += sum_j x[j, lane] over a block of keys, summed from zero in part: two-level sums."""
     for r in range(w):
@@ -297,7 +297,7 @@ def attend_block(task, tile, keys, block):
         value_products(block.v_dot, s, hidden, tile.o_dot, tile.ones, keys, w, dv)
 
 
-@inner
+@outlined
 def write_lse(call, queries, tile):
     """lse = m + log l in natural units."""
     m, l, rows, heads = tile.state.m, tile.state.l, queries.rows, queries.heads

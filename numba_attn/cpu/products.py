@@ -15,7 +15,7 @@ before it. A matrix of the tile is stored with its queries innermost: row j begi
 from typing import Any, NamedTuple
 
 from .call import part_record
-from .compile import inner
+from .compile import inner, outlined
 from .registers import fold_tile, outer, outer_visible, shape, store_tile, width, zeros
 from .simd import ROW, lanes
 
@@ -182,7 +182,7 @@ def visible_value_row(v, p, visible, o, w, alpha, n):
 # ---------------------------------------------------------------- a block of keys
 
 
-@inner
+@outlined
 def score_products(k, q, s, keys, w, n):
     """s[first:last] over n numbers of a feature; keys.first is a multiple of MR."""
     first, last = keys.first, keys.last
@@ -195,7 +195,7 @@ def score_products(k, q, s, keys, w, n):
             score_row(k + j * n, q, s + j * w, w, n)
 
 
-@inner
+@outlined
 def value_products(v, p, seen, o, alpha, keys, w, n):
     """o over the keys of the block and n dimensions.
 
@@ -220,7 +220,7 @@ def value_products(v, p, seen, o, alpha, keys, w, n):
             value_rows_of_width(Matrix(v + at, n), p, o + at * w, w, alpha, n_keys, d - at)
 
 
-@inner
+@outlined
 def row_products(p, x, parts, c, ones, low, high):
     """c[j, :] += sum over tiles and their queries r of p[j, r] x[r, :] for keys low:high; low is a multiple of MR.
 

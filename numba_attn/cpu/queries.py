@@ -138,7 +138,7 @@ def row_addresses(table, array, queries):
         table[r] = array.address + heads[x] * array.h + rows[x] * array.s
 
 
-@inner
+@outlined
 def read_queries(task, queries, array, dst, n):
     """The tile's rows of an array, transposed: dst[c, lane]."""
     table, rows = i64_ptr(at_byte(task.scratch, task.call.at_table)), at_byte(task.scratch, task.call.at_rows)
@@ -146,7 +146,7 @@ def read_queries(task, queries, array, dst, n):
     read_rows(table, array.d, array.storage, rows, dst, queries.width, n)
 
 
-@inner
+@outlined
 def write_queries(task, queries, array, src, factor, n):
     """src[c, lane] * factor[lane] to the tile's rows of an array."""
     table, rows = i64_ptr(at_byte(task.scratch, task.call.at_table)), at_byte(task.scratch, task.call.at_rows)

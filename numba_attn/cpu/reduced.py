@@ -3,7 +3,7 @@ and of the arrays of a score function."""
 
 import numpy as np
 
-from .compile import inner
+from .compile import inner, outlined
 from .queries import same_head, write_queries
 from .simd import address_of, at_byte, call_address, f64_ptr, full_width, itemsize, scalar
 from .storage import Strided, storage_of
@@ -15,13 +15,13 @@ def ones_of(task):
     return at_byte(task.scratch, task.call.at_state)
 
 
-@inner
+@outlined
 def chain(ds, slope, begin, end):
     for x in range(begin, end):
         ds[x] = ds[x] * slope[x]
 
 
-@inner
+@outlined
 def add_daux(task, unit, queries, keys, ds):
     """The gradients of aux, one call a run of lanes that share a head."""
     call, rows, heads = task.call, queries.rows, queries.heads
@@ -37,7 +37,7 @@ def add_daux(task, unit, queries, keys, ds):
         r = end
 
 
-@inner
+@outlined
 def add_dbias(call, unit, queries, keys, ds):
     """dS into the sums of this unit, in float64; broadcast axes have stride 0."""
     rows, heads, w = queries.rows, queries.heads, queries.width
@@ -48,7 +48,7 @@ def add_dbias(call, unit, queries, keys, ds):
             sums[at] = sums[at] + np.float64(ds[j * w + r])
 
 
-@inner
+@outlined
 def write_dbias(task, queries, keys, ds):
     """dS to a bias that is nowhere broadcast: each pair has its own place."""
     call, item = task.call, itemsize(ds)
@@ -58,7 +58,7 @@ def write_dbias(task, queries, keys, ds):
     write_queries(task, queries, array, tile, ones_of(task), keys.last - keys.first)
 
 
-@inner
+@outlined
 def add_dslopes(task, unit, queries, keys, ds):
     """-dS |i + offset - j|, summed over the tile's pairs lane by lane, then by head."""
     call, scratch, w = task.call, task.scratch, queries.width

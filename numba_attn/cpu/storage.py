@@ -153,7 +153,7 @@ def write_rows(src, factor, addresses, target, rows, queries, n):
 # ---------------------------------------------------------------- rows of keys
 
 
-@inner
+@outlined
 def all_finite(p, n):
     """Whether n numbers are finite: x * 0 is 0 for those, NaN for the others."""
     vector, zero = lanes(p), splat(p, 0)
@@ -174,7 +174,7 @@ def all_finite(p, n):
     return not bad
 
 
-@inner
+@outlined
 def key_rows(array, copy, rows, n):
     """A pointer to rows of n numbers, as accumulation type: where they lie if they lie so, else in copy."""
     if array.storage == storage_of(copy) and array.d == itemsize(copy) and array.s == n * itemsize(copy):

@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
 # ---------------------------------------------------------------- intervals
 
 
-@inner
+@outlined
 def lane_bounds(queries, j0, block, bounds):
     """Each lane's first and end key, counted from the block's start, as 32-bit numbers."""
     w, starts, ends = queries.width, queries.starts, queries.ends
@@ -37,7 +37,7 @@ def lane_bounds(queries, j0, block, bounds):
         bounds[w + r] = min(max(ends[r] - j0, 0), block)
 
 
-@inner
+@outlined
 def hide_outside(s, w, first, last, bounds):
     """-inf where a lane's interval does not hold the key: hide() without bytes."""
     for c in range(0, w, lanes(s)):
@@ -67,7 +67,7 @@ def hide(s, visible, w, first, last):
         store(s + x, select(load_bits(visible + x, s), load(s + x), splat(s, MINUS_INF)))
 
 
-@inner
+@outlined
 def clear_hidden(s, x, w, keys):
     """0 in x for the pairs that s hides."""
     for n in range(keys.first * w, keys.last * w, lanes(s)):
@@ -180,7 +180,7 @@ def visible_pairs(task, queries, keys, bytes_wanted):
     return Pairs(SOME if partial else ALL, filled)
 
 
-@inner
+@outlined
 def hidden_by_score(task, queries, keys, s, pairs):
     """After score_mod: it hides a pair by returning -inf, whose byte is cleared here."""
     call, w = task.call, queries.width
