@@ -11,6 +11,7 @@ import seeds
 from numba import njit
 
 from numba_attn.cpu import halves, products, registers, simd, vectors
+from numba_attn.cpu.compile import inner
 from numba_attn.cpu.queries import Keys
 from numba_attn.cpu.simd import ROW, f32_ptr, f64_ptr, i32_ptr, i64_ptr, u8_ptr
 from numba_attn.cpu.target import MATH
@@ -116,15 +117,18 @@ def test_elements_travel_with_pointers(elem):
 @cache
 def block_products(elem):
     ptr = ELEMS[elem][1]
+    # Dispatchers of the test's own: a kernel that was compiled before has a private copy of each outlined function,
+    # which LLVM may have changed, and the JIT would find that one by its name.
+    score_products, value_products = (inner(f.py_func) for f in (products.score_products, products.value_products))
 
     @njit
     def scores(k, q, s, keys, w, n):
-        products.score_products(ptr(k), ptr(q), ptr(s), keys, w, n)
+        score_products(ptr(k), ptr(q), ptr(s), keys, w, n)
 
     @njit
     def values(v, p, visible, masked, o, alpha, keys, w, n):
         seen = products.Seen(u8_ptr(visible), masked)
-        products.value_products(ptr(v), ptr(p), seen, ptr(o), ptr(alpha), keys, w, n)
+        value_products(ptr(v), ptr(p), seen, ptr(o), ptr(alpha), keys, w, n)
 
     return scores, values
 
