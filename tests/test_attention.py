@@ -359,7 +359,7 @@ def test_memmap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("draw_from", ["normal", "uniform"])
-@pytest.mark.parametrize("kv_len", [8192, 16384])
+@pytest.mark.parametrize("kv_len", [7680, 8192, 16384])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_many_keys(draw_from: str, kv_len: int, dtype: str) -> None:
     """One running sum over the keys is 13 times less accurate than NumPy's pairwise one; block sums must not be."""
