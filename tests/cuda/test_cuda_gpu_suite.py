@@ -23,7 +23,8 @@ RUN = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import emulator, pytest
-from numba_attn.cuda import bench, driver
+from numba_attn.app import bench_cuda as bench
+from numba_attn.cuda.host import driver
 bench.FILL = 2**20
 with driver.use(emulator.EmulatedDevice()):
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "gpu", "--ladder", *sys.argv[3:]]))

@@ -25,7 +25,7 @@ from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn.app import bench_cuda as bench
-from numba_attn.cuda.host import arrays, driver, launch, on_device
+from numba_attn.cuda.host import arrays, driver, loading, on_device
 
 if (why := driver.missing()) is not None:
     pytest.skip(f"no GPU: {why}", allow_module_level=True)
@@ -279,7 +279,7 @@ def test_the_kernels_are_those_that_were_verified(cuda: Any, monkeypatch: pytest
     """A process that sees no GPU writes the same PTX."""
     loaded: list[str] = []
     load = type(cuda).load
-    monkeypatch.setattr(launch, "_functions", {})
+    monkeypatch.setattr(loading, "functions", {})
     monkeypatch.setattr(type(cuda), "load", lambda self, ptx, name=None: loaded.append(ptx) or load(self, ptx, name))
     x = np.zeros((1, 1, 40, 64), np.float16)
     na.attention_vjp(x, x, x, causal=True)[1](x)
