@@ -3,6 +3,7 @@
     python tests/arm64.py                                   all quick tests of the CPU; hours
     python tests/arm64.py tests/test_simd.py -- -k load     a part of them
     python tests/arm64.py --cpu cortex-a72                  an older CPU, without arithmetic in float16
+    python tests/arm64.py --all tests/test_process.py       also the tests marked slow or processes
 
 Needs Debian's debootstrap, qemu-user-static and busybox-static, an index that pip can reach, and a gigabyte for the
 root folder, which is made once. Nothing is mounted, no kernel module is loaded, and no program of the root runs while
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +39,8 @@ TAGS = [f"manylinux_2_{minor}_aarch64" for minor in (28, 27, 17)] + ["manylinux2
 
 # Places in the root folder.
 WHEELS, SOURCES, KERNELS, JOURNALS = "opt/wheels", "opt/numba_attn", "var/cache/kernels", "var/journals"
+
+WORDS = ("passed", "failed", "crashed", "skipped")
 
 
 class Cpu(NamedTuple):
@@ -70,6 +74,8 @@ def make_root(finished: Path) -> None:
     """Debian's packages and the wheels, unpacked."""
     if (finished / WHEELS).exists():
         return
+    if finished.exists() and any(finished.iterdir()):
+        raise SystemExit(f"{finished} is something else: give an empty folder, or none, to --root")
     root = finished.with_name(finished.name + ".part")
     shutil.rmtree(root, ignore_errors=True)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +102,7 @@ def make_root(finished: Path) -> None:
     # pip reads an environment marker for the machine that it runs on. What has one is x86's: tbb.
     command += [f"--target={root / WHEELS}", *(wanted for wanted in requirements() if ";" not in wanted)]
     subprocess.run(command, check=True)
-    root.rename(finished)  # refused where there is something else
+    root.rename(finished)
 
 
 def copy_sources(root: Path) -> str:
@@ -144,43 +150,44 @@ def emulated(root: Path, cpu: str, arguments: list[str], log: Path) -> subproces
 
 
 class Settings(NamedTuple):
+    root: Path
     cpu: str
-    digest: str
+    journals: str  # the name of their folder
     patience: float
     pytest: list[str]
 
 
-def run_file(root: Path, file: str, settings: Settings) -> Counter[str]:
+def run_file(settings: Settings, file: str) -> Counter[str]:
     """All tests of a file that its journal does not have yet; how many had each outcome."""
-    folder = root / JOURNALS / f"{settings.cpu}-{settings.digest}"
+    folder = settings.root / JOURNALS / settings.journals
     folder.mkdir(exist_ok=True)
     lines = folder / f"{Path(file).stem}.jsonl"
     log = lines.with_suffix(".log")
-    plugin = ["-p", "journal", f"--journal=/{lines.relative_to(root)}", "-p", "no:cacheprovider"]
+    plugin = ["-p", "journal", f"--journal=/{lines.relative_to(settings.root)}", "-p", "no:cacheprovider"]
     while True:
-        process = emulated(root, settings.cpu, ["-m", "pytest", "-q", "--quick", *plugin, file, *settings.pytest], log)
+        process = emulated(settings.root, settings.cpu, ["-m", "pytest", "-q", *plugin, file, *settings.pytest], log)
         watch(process, lines, settings.patience)
         started = [test for test, record in journal.outcomes(lines).items() if record["outcome"] == "started"]
         if not started:
             break
+        if process.returncode in (2, -signal.SIGINT, -signal.SIGTERM):
+            raise KeyboardInterrupt  # from outside: not the test's fault
         for test in started:
             text = f"exit status {process.returncode}; {log}"
             journal.append(lines, test=test, outcome="crashed", text=text)
-    count = Counter(record["outcome"] for record in journal.outcomes(lines).values())
+    records = journal.outcomes(lines)
+    count = Counter(record["outcome"] for record in records.values())
     if process.returncode not in (0, 1, 5):  # 5: nothing left to run
         count["crashed"] += 1
         print(f"{file}: exit status {process.returncode}; {log}", flush=True)
-    seconds = sum(float(record.get("seconds", 0)) for record in journal.outcomes(lines).values())
+    seconds = sum(float(record.get("seconds", 0)) for record in records.values())
     print(f"{file:40}" + "".join(f"{count[word]:>9}" for word in WORDS) + f"{seconds:>9.0f}", flush=True)
-    for test, record in journal.outcomes(lines).items():
+    for test, record in records.items():
         if record["outcome"] in ("failed", "crashed"):
             print(f"    {record['outcome']} {test}: {record['text'].strip().splitlines()[-1]}", flush=True)
         elif record["outcome"] == "skipped":
             count[f"skipped: {record['text']}"] += 1
     return count
-
-
-WORDS = ("passed", "failed", "crashed", "skipped")
 
 
 def watch(process: subprocess.Popen[bytes], lines: Path, patience: float) -> None:
@@ -201,6 +208,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=CACHE / "numba-attn-arm64", help="folder (default: %(default)s)")
     parser.add_argument("--cpu", choices=CPUS, default="neoverse-n1", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="files of tests at once (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="also the tests that --quick of pytest leaves out")
     parser.add_argument("--patience", type=float, default=3600, help="seconds that a test may take (%(default)s)")
     parser.add_argument("tests", nargs="*", help="files (default: all but the GPU's); behind --, what pytest is given")
     own, behind = sys.argv[1:], []
@@ -215,13 +223,13 @@ def main() -> int:
     make_root(root)
     digest = copy_sources(root)
     choose_cpu(root, options.cpu)
-    print(f"{options.cpu} emulated by {qemu_version()}; {', '.join(versions(root))}; journals of {digest}", flush=True)
+    kind, arguments = ("all", behind) if options.all else ("quick", ["--quick", *behind])
+    settings = Settings(root, options.cpu, f"{options.cpu}-{digest}-{kind}", options.patience, arguments)
+    print(f"{kind} tests on {options.cpu}, {qemu_version()}; {', '.join(versions(root))}", flush=True)
     print(f"{'':40}" + "".join(f"{word:>9}" for word in (*WORDS, "seconds")), flush=True)
     files = options.tests or [f"tests/{p.name}" for p in sorted((ROOT / "tests").glob("test_*.py"))]
     with ThreadPoolExecutor(options.jobs) as pool:
-        counts = list(
-            pool.map(lambda file: run_file(root, file, Settings(options.cpu, digest, options.patience, behind)), files)
-        )
+        counts = list(pool.map(lambda file: run_file(settings, file), files))
     total = sum(counts, Counter[str]())
     print(f"{'in all':40}" + "".join(f"{total[word]:>9}" for word in WORDS))
     for word, number in total.most_common():

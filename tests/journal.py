@@ -4,6 +4,7 @@ A line of the file is a JSON object: {"test": id, "outcome": ...}, where the out
 "skipped" or "failed" with seconds and a text. The next run with the same file leaves out the tests that have ended.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import pytest
 
 
 def outcomes(path: Path) -> dict[str, dict[str, str]]:
-    """The last line of each test. A last line that was cut off by a crash is not read."""
+    """The last line of each test. A line that was cut off, when the machine stopped, is left out."""
     found: dict[str, dict[str, str]] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
                 record = json.loads(line)
                 found[record["test"]] = record
     return found
