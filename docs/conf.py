@@ -16,3 +16,7 @@ html_title = "numba-attn"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types, shapes and dtypes in words
 napoleon_google_docstring = False
+# Types are words ("(B,) ints"), not names of classes: as fields of their own, each word would be a link to nothing.
+napoleon_use_param = False
+napoleon_use_rtype = False
+nitpicky = True

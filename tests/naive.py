@@ -22,9 +22,28 @@ DEFAULTS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-# What `math` means in a user's function here: NumPy's functions keep their argument's precision, math's are double.
-NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=np.power, **{
-    name: getattr(np, name) for name in ("exp", "log", "log1p", "tanh", "sin", "cos", "sqrt")
+WIDER = {np.dtype(np.float32): np.float64}  # of the rest long double, where the machine has one
+
+
+def rounded_once(fn: Any) -> Any:
+    """A function of NumPy computed in a wider type and rounded to the precision of its first argument: NumPy's own
+    differ from CPU to CPU in the last bits."""
+
+    def call(x: Any, *more: Any) -> Any:
+        x = np.asarray(x)
+        dtype = x.dtype if x.dtype.kind == "f" else np.dtype(np.float64)
+        wide = WIDER.get(dtype, np.longdouble)
+        with np.errstate(over="ignore"):
+            return fn(x.astype(wide), *(np.asarray(y).astype(wide) for y in more)).astype(dtype)[()]
+
+    return call
+
+
+exponential, logarithm, tanh = map(rounded_once, (np.exp, np.log, np.tanh))
+
+# What `math` means in a user's function here: the argument's precision, where math itself is double.
+NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=rounded_once(np.power), **{
+    name: rounded_once(getattr(np, name)) for name in ("exp", "log", "log1p", "tanh", "sin", "cos", "sqrt")
 })  # fmt: skip
 
 
@@ -96,11 +115,6 @@ def total(x: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     return product(rows[..., None, :], np.ones((terms, 1), x.dtype))[..., 0, 0]
 
 
-def exponential(x: np.ndarray) -> np.ndarray:
-    """exp(x), rounded once to x's dtype: NumPy's own float32 exp differs from CPU to CPU."""
-    return np.exp(x.astype(np.float64)).astype(x.dtype) if x.dtype == np.float32 else np.exp(x)
-
-
 def attention(
     dtype: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, weights_dtype: Any = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +138,7 @@ def attention(
 
     s = dots(qc, kc) * t(p.scale)
     if p.softcap:
-        s = t(p.softcap) * np.tanh(s / t(p.softcap))
+        s = t(p.softcap) * tanh(s / t(p.softcap))
     if p.bias is not None:
         seen &= p.bias != -np.inf
         s = s + p.bias.astype(dtype)
@@ -149,7 +163,7 @@ def attention(
     if sink is not None:
         denominator = denominator + exponential(sink - m)
     with np.errstate(divide="ignore"):
-        lse = (m + np.log(denominator))[..., 0]
+        lse = (m + logarithm(denominator))[..., 0]
     weights = e / np.where(denominator == 0, t(1), denominator)
     if p.dropout_p:
         keep = reference.dropout_keep(p)
@@ -195,8 +209,8 @@ def backward(
     s = t(p.scale) * dots(qc, kc)
     curve = np.ones_like(s)
     if p.softcap:
-        tanh = np.tanh(s / t(p.softcap))
-        s, curve = t(p.softcap) * tanh, t(1) - tanh * tanh
+        curved = tanh(s / t(p.softcap))
+        s, curve = t(p.softcap) * curved, t(1) - curved * curved
     seen = visible(p)
     distance = np.abs(geometry(p)[1]).astype(dtype)
     if p.bias is not None:
@@ -233,7 +247,7 @@ def backward(
         add("dalibi_slopes", -total(ds * distance, over), (size * distance).sum(over))
     if p.sinks is not None:
         with np.errstate(all="ignore"):
-            weight = np.where(np.isneginf(lse), t(0), np.exp(p.sinks[:, None].astype(dtype) - lse))
+            weight = np.where(np.isneginf(lse), t(0), exponential(p.sinks[:, None].astype(dtype) - lse))
         add("dsinks", -total(weight * delta, (0, 2)), (weight * np.abs(delta)).sum((0, 2)))
     ds, size = ds * curve * t(p.scale), np.abs(size * curve * t(p.scale))
     if weights_dtype is not None:
