@@ -16,12 +16,6 @@ import numpy as np
 
 from numba_attn import plan, reference
 
-DEFAULTS: dict[str, Any] = dict(
-    causal=False, window=None, align=None, mask=None, bias=None, scale=None, softcap=None, alibi_slopes=None,
-    sinks=None, score_mod=None, aux=(), dropout_p=0.0, seed=None, layout="bhsd",
-)  # fmt: skip
-
-
 WIDER = {np.dtype(np.float32): np.float64}  # of the rest long double, where the machine has one
 
 
@@ -48,7 +42,7 @@ NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=rounded_once(np.power), **{
 
 
 def resolve(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> plan.Problem:
-    return plan.resolve(q, k, v, **(DEFAULTS | options))
+    return plan.resolve(q, k, v, **options)
 
 
 def geometry(p: plan.Problem) -> tuple[np.ndarray, np.ndarray]:
