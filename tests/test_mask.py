@@ -7,15 +7,21 @@ the parts' own formulas for every combination of parts.
 
 import doctest
 import itertools
+from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 import pytest
 import seeds
+from cases import CASES, Case, build
 
 import numba_attn
 from numba_attn import mask as mask_module
 from numba_attn.mask import Mask, causal, intervals, lengths, mask_mod, prefix, segments, varlen, window
-from numba_attn.plan import OPEN, Problem, resolve
+from numba_attn.mask.lowering import unused_align
+from numba_attn.mask.parts import Aligned, MaskMod, Part, dense
+from numba_attn.mask.shape import Shape, check_align
+from numba_attn.plan import OPEN, Problem, keyword_parts, resolve
 
 
 def expanded(p: Problem) -> np.ndarray:
@@ -46,6 +52,15 @@ def expanded(p: Problem) -> np.ndarray:
 def problem(batch: int, heads: int, q_len: int, kv_len: int, **options) -> Problem:
     q, kv = np.zeros((batch, heads, q_len, 1)), np.zeros((batch, heads, kv_len, 1))
     return resolve(q, kv, kv, **options)
+
+
+def check_bounds(p: Problem, want: np.ndarray, what: object) -> None:
+    """The lowering of a mask is its formula, pair by pair."""
+    different = np.argwhere(expanded(p) != want)
+    first = dict(zip("bhij", different[0].tolist(), strict=True)) if len(different) else None
+    assert first is None, (
+        f"the lowering and the formula of {what} differ at {len(different)} of {want.size} pairs, first at {first}"
+    )
 
 
 def drawn(formula, q_len: int, kv_len: int) -> np.ndarray:
@@ -179,6 +194,21 @@ def some_parts(rng, batch, heads, q_len, kv_len):
     ]
 
 
+def test_every_kind_of_part_is_combined():
+    """some_parts() has each. MaskMod has a test of its own."""
+    made = {type(part) for one in some_parts(seeds.generator(0), 2, 2, 5, 5) for part in one.parts}
+    missing = set(get_args(Part)) - made - {MaskMod}
+    assert not missing, f"add {missing} to some_parts() of this file"
+
+
+def test_every_part_with_an_align_takes_the_calls():
+    aligned = {part for part in get_args(Part) if "align" in {field.name for field in fields(part)}}
+    assert aligned == set(get_args(Aligned)), "`Aligned` in mask/parts.py lists the parts that have an align"
+    for part in aligned:
+        name = part.__name__.lower()
+        assert name in str(unused_align()), f"unused_align() in mask/lowering.py does not name {name}"
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_bounds_equal_formulas_for_any_combination(count):
     rng = seeds.generator(count)
@@ -186,16 +216,29 @@ def test_bounds_equal_formulas_for_any_combination(count):
         size = tuple(int(n) for n in rng.integers((0, 1, 0, 0), (4, 3, 9, 9)))
         batch, heads, q_len, kv_len = size
         made = Mask()
-        for at in rng.permutation(9)[:count]:
+        for at in rng.permutation(len(some_parts(rng, *size)))[:count]:
             made = made & some_parts(rng, *size)[at]
         align = ["bottom_right", "top_left", int(rng.integers(-4, 5)), rng.integers(-4, 5, batch)][rng.integers(4)]
-        parts = {type(p).__name__ for p in made.parts}
-        align = align if parts & {"Causal", "Window", "Prefix"} else None
+        align = align if any(isinstance(p, Aligned) for p in made.parts) else None
         want = made.dense(q_len, kv_len, batch=batch, q_heads=heads, align=align)
         got = problem(*size, mask=made, align=align)
-        assert np.array_equal(expanded(got), want), (made, size, align)
+        check_bounds(got, want, f"{made} with align {align}")
         assert got.sequences.dtype == np.int64
         assert got.sequences.flags.c_contiguous
+
+
+MASKED = [case for case in CASES if "mask" in build(case)[1] and not case.name.startswith("parallel")]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_bounds_equal_formulas_in_the_table(case: Case) -> None:
+    """Without numbers: a wrong lowering is seen as such, and not as a large error of a kernel."""
+    (q, k, v), options = build(case)
+    p = resolve(q, k, v, **options)
+    parts = keyword_parts(options.get("causal", False), options.get("window"), options.get("mask"))
+    shape = Shape(p.batch, p.q_heads, p.q_len, p.kv_len, 4 - q.ndim)
+    want = dense(parts, check_align(options.get("align"), "align"), shape)
+    check_bounds(p, want, parts)
 
 
 def test_two_sequence_parts_refine_each_other():

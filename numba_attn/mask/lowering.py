@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array
-from .parts import Causal, Intervals, Lengths, MaskMod, Pairs, Part, Prefix, Segments, Varlen, Window
+from .parts import Aligned, Causal, Intervals, Lengths, MaskMod, Pairs, Part, Prefix, Segments, Varlen, Window
 from .shape import OPEN, Align, Shape, check_align_batch, over_pairs, show
 
 
@@ -83,7 +83,7 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
     users: list[tuple[str, Align]] = [("alibi_slopes", align)] if alibi else []
     indifferent = False  # an open window takes an align and does nothing with it
     for part in parts:
-        if isinstance(part, (Causal, Window, Prefix)):
+        if isinstance(part, Aligned):
             if isinstance(part, Window) and part.left is None and part.right is None:
                 indifferent = True
                 continue

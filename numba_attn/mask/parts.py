@@ -8,7 +8,7 @@ which shares no arithmetic with the formulas, so that the tests can hold one aga
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -300,7 +300,8 @@ class MaskMod:
         return out
 
 
-Part = Causal | Window | Prefix | Lengths | Varlen | Segments | Intervals | Pairs | MaskMod
+Aligned = Causal | Window | Prefix  # the parts that count from the diagonal, and so have an align
+Part = Aligned | Lengths | Varlen | Segments | Intervals | Pairs | MaskMod
 
 
 # --- the dense formulas, combined -------------------------------------------------------------------------------------
@@ -342,11 +343,5 @@ def dense(parts: Sequence[Part], align: Align, shape: Shape) -> Array:
 
 
 def with_align(part: Part, align: Align) -> Part:
-    """`part` with the call's align where it has none of its own."""
-    if isinstance(part, Causal) and part.align is None:
-        return Causal(align)
-    if isinstance(part, Window) and part.align is None:
-        return Window(part.left, part.right, align)
-    if isinstance(part, Prefix) and part.align is None:
-        return Prefix(part.n, align)
-    return part
+    """`part` with the call's align where it takes one and has none of its own."""
+    return replace(part, align=align) if isinstance(part, Aligned) and part.align is None else part
