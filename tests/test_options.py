@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import seeds
 
 import numba_attn as na
 from numba_attn import options
@@ -95,6 +96,51 @@ def test_keywords_in_any_order_and_by_position() -> None:
 def test_defaults_given_are_the_same_call() -> None:
     given = {name: o.default for name, o in options.options_of(options.ForwardOptions).items() if name != "tf32"}
     np.testing.assert_array_equal(na.attention(Q, Q, Q, **given), na.attention(Q, Q, Q))
+
+
+def look_up(s, b, h, i, j, table):
+    return s + table[j]
+
+
+# A call that each option of attention changes. seed and aux have no effect alone.
+SETTINGS = {
+    "causal": {"causal": True},
+    "window": {"window": (1, 0)},
+    "align": {"causal": True, "align": -2},
+    "mask": {"mask": np.tri(5, dtype=bool)},
+    "bias": {"bias": np.arange(5.0)},
+    "scale": {"scale": 2.0},
+    "softcap": {"softcap": 0.5},
+    "alibi_slopes": {"alibi_slopes": np.ones(1)},
+    "sinks": {"sinks": np.ones(1)},
+    "score_mod": {"score_mod": lambda s, b, h, i, j: s * s},
+    "aux": {"score_mod": look_up, "aux": (np.arange(5.0),)},
+    "dropout_p": {"dropout_p": 0.5, "seed": 1},
+    "seed": {"dropout_p": 0.5, "seed": 2},
+    "layout": {"layout": "bshd"},
+}
+
+
+def test_every_option_has_a_setting() -> None:
+    assert SETTINGS.keys() == options.NAMES, "SETTINGS of this file needs a call for each option"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_comes_from_an_earlier_call(name: str) -> None:
+    """Launches are kept for calls that are alike: what makes two calls differ has to be part of the key."""
+    rng = seeds.generator(5)
+    q, k, v, dout = rng.standard_normal((4, 1, 1, 5, 4))
+    if name == "layout":
+        q, k, v, dout = rng.standard_normal((4, 1, 5, 5, 4))  # as many heads as positions: one shape in both layouts
+    for setting in ({}, SETTINGS[name], {}):
+        out, pullback = na.attention_vjp(q, k, v, **setting)
+        grads, want = pullback(dout), na.reference.attention_backward(dout, q, k, v, **setting)
+        np.testing.assert_allclose(na.attention(q, k, v, **setting), out, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(out, na.reference.attention(q, k, v, **setting), rtol=0, atol=1e-12)
+        for gradient in ("dq", "dk", "dv"):
+            np.testing.assert_allclose(
+                getattr(grads, gradient), getattr(want, gradient), rtol=0, atol=1e-12, err_msg=gradient
+            )
 
 
 @pytest.mark.parametrize(
