@@ -65,21 +65,21 @@ def attention(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what is accepted; the caller's arrays are as they were.
+        The message names the argument, what was given and what is accepted. The caller's arrays are unchanged.
     RuntimeError
-        Naming what a GPU was asked for and lacks: a package, the driver, a device.
+        For a call on a GPU where a package, the driver or a device is missing; the message names it.
 
     Notes
     -----
-    Every array may be one on a GPU instead: of torch, CuPy, JAX, Numba or any library with DLPack or
-    __cuda_array_interface__. Then all are, on one device; the settings in a Mask and align stay in host memory. The
-    result is an array of q's library. The work is left on the stream: nothing waits for it, and nothing is copied to
-    the host.
+    The arrays may also lie on a GPU: arrays of torch, CuPy, JAX, Numba or any library with DLPack or
+    __cuda_array_interface__. Then all of them must lie on one device, while the settings in a Mask and align stay in
+    host memory. The result is an array of q's library. The call does not wait for the work on the stream and copies
+    nothing to the host.
 
-    The order is scale, softcap, bias and ALiBi, score_mod, mask. Nothing of a hidden pair is read into the result: a
-    NaN behind a mask changes no bit. A row's bits do not depend on threads, batch, strides or other rows; on a GPU only
-    on whether its sequence has few queries (Sq * Hq / Hkv <= 16), which have a kernel of their own. Online softmax:
-    Milakov and Gimelshein 2018; tiles: Dao et al. 2022.
+    The order is scale, softcap, bias and ALiBi, score_mod, mask. No number of a hidden pair is read into the result: a
+    NaN there changes no bit. A row's bits do not depend on threads, batch, strides or other rows. On a GPU a sequence
+    with few queries (Sq * Hq / Hkv <= 16) has a kernel of its own, whose last bits differ. Online softmax: Milakov and
+    Gimelshein 2018; tiles: Dao et al. 2022.
 
     Examples
     --------
@@ -148,7 +148,7 @@ def attention_vjp(
         As in `attention`.
     aux_grad : tuple of int
         Positions in aux of the arrays that get a gradient, (0,) for the first; arrays of floats only. On a GPU the
-        pullback then waits for the kernels, which tell whether score_mod reads what has no gradient.
+        pullback then waits for the kernels, since they report whether score_mod reads an array that has no gradient.
     return_lse : bool
         Also return lse.
     {options}
@@ -159,16 +159,16 @@ def attention_vjp(
         As `attention` returns them.
     pullback : Pullback
         pullback(dout, dlse=None, stream=None) -> Gradients. dout has out's shape and dtype, dlse lse's shape. It may be
-        called again and again; it keeps references to the arguments, which must not have changed by then, and copies of
-        out and lse.
+        called several times. It keeps copies of out and lse, and references to the arguments, which must not change
+        before it is called.
 
     Notes
     -----
-    precision is that of both passes; stream is the forward pass's, and the pullback takes its own.
+    precision holds for both passes. stream is that of the forward pass; the pullback takes its own.
 
     Gradients(dq, dk, dv, dbias, dsinks, dalibi_slopes, daux) have their argument's shape and dtype; None for what was
-    not given. score_mod is differentiated by dual numbers, or by its own gradient: see `score_mod`. Of a hidden pair
-    nothing is read, and the same call gives the same bits for any number of threads. The formulas are derived in
+    not given. score_mod is differentiated by dual numbers, or by its own gradient: see `score_mod`. No number of a
+    hidden pair is read, and the same call gives the same bits for any number of threads. The formulas are derived in
     `reference.attention_backward`; tiles recompute the weights from lse (Dao et al. 2022).
 
     Examples
@@ -223,7 +223,7 @@ def attention_backward(
     q, k, v : ndarray
         As `attention` was called with.
     out, lse : ndarray
-        What it returned with return_lse=True.
+        What `attention` returned with return_lse=True.
     dlse : ndarray
         The gradient with respect to lse, of its shape; 0 if left out.
     aux_grad : tuple of int
@@ -334,9 +334,9 @@ def attention_jvp(
 
     Notes
     -----
-    Of a hidden pair no tangent is read. A row that sees nothing has out_dot 0, and lse_dot that of its sink or 0. Where
-    score_mod has a gradient of its own and reads not exactly one element of an array with a tangent, out_dot is NaN.
-    The formulas stand at `reference.attention_jvp`.
+    No tangent of a hidden pair is read. A row that sees no key has out_dot 0; its lse_dot is that of its sink, or 0.
+    Where score_mod has a gradient of its own and reads not exactly one element of an array with a tangent, out_dot is
+    NaN. The formulas stand at `reference.attention_jvp`.
 
     Examples
     --------
@@ -385,13 +385,13 @@ class Pullback(Generic[ArrayT]):
     ) -> None:
         self._inputs, self._options, self._aux_grad = inputs, dict(options), aux_grad
         self._problem, self._results = problem, results
-        if options:  # what is deprecated was said by the forward call
+        if options:  # the forward call has warned of deprecated options
             self._options |= {"precision": "tf32"} if self._options.pop("tf32", None) else {}
 
     def __call__(self, dout: ArrayT, dlse: ArrayT | None = None, *, stream: object = None) -> Gradients[ArrayT]:
         """The gradients of sum(dout * out) + sum(dlse * lse).
 
-        stream: for a GPU, as in `attention`; it need not be the one that the forward call was on.
+        stream: for a GPU, as in `attention`; it need not be the stream of the forward call.
         """
         problem, inputs, (out, lse) = self._problem, self._inputs, self._results
         options = self._options | {"stream": stream} if self._options or stream is not None else self._options

@@ -1,5 +1,5 @@
-"""What counts as an array here. Kernels read base-class NumPy arrays in place; everything else is refused in one place,
-with the call that turns it into one."""
+"""Which arrays are accepted. Kernels read base-class NumPy arrays in place. Everything else raises an error here, which
+names the call that makes such an array of it."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def accumulation(dtype: np.dtype[Any], name: str) -> type:
 
 
 def integers(x: Any, name: str, takes: str) -> Array:
-    """An int64 copy of `x`, read-only, so that what was checked once stays so. Lists and ints are welcome: these are
-    small settings.
+    """An int64 copy of `x`, read-only, so that it does not change after the check. Lists and ints are accepted too,
+    since these are small settings.
 
     Raises
     ------

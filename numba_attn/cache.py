@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between processes, and what they are stamped with."""
+"""Where compiled kernels are kept between processes, and the digest of the sources that they are stored with."""
 
 import hashlib
 import os
@@ -22,8 +22,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 @cache
 def fingerprint(kernels: str) -> str:
-    """A digest of what decides the code of the kernels in folder `kernels`: the package's sources, but for the other
-    device's, and Numba."""
+    """A digest of all that decides the code of the kernels in folder `kernels`: Numba, and the package's sources
+    without those of the other device."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version_info} {config.OPT} {config.ENABLE_AVX}".encode())
     package = find_spec(__package__)
     assert package is not None
@@ -97,6 +97,7 @@ def _mark(folder: str) -> str:
 
 
 def mark_filled(folder: str) -> None:
-    """The folder holds kernels of these sources for this CPU: it is used even by those who may only read it."""
+    """Mark the folder as holding kernels of these sources for this CPU. A process that may only read it then uses
+    it."""
     if not os.path.exists(_mark(folder)):
         Path(_mark(folder)).touch()

@@ -1,4 +1,5 @@
-"""The dense reference in place of the kernels, for NUMBA_DISABLE_JIT=1: slow, in O(Sq Sk) memory, and it says so."""
+"""The dense reference in place of the kernels, for NUMBA_DISABLE_JIT=1. It is slow and needs O(Sq Sk) memory, and a
+warning says so."""
 
 from __future__ import annotations
 

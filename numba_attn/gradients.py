@@ -1,4 +1,4 @@
-"""What the backward pass hands back, and the checks of what only it is given."""
+"""What the backward pass returns, and the checks of the arguments that only it or the tangents take."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_aux_grad(aux_grad: Any, aux: tuple[Array, ...], name: str = "aux_grad"
     Raises
     ------
     TypeError, ValueError
-        For what is no tuple of positions in aux, and for an array of integers or bools.
+        If aux_grad is no tuple of positions in aux, or names an array of integers or bools.
     """
     if not isinstance(aux_grad, (tuple, list)) or not all(type(n) is int for n in aux_grad):
         raise TypeError(f"aux_grad is {aux_grad!r}; it takes a tuple of positions in aux, (0,) for its first array")
@@ -75,7 +75,7 @@ def check_cotangents(problem: Problem, dout: Any, dlse: Any) -> tuple[Array, Arr
     Raises
     ------
     TypeError
-        For what is no NumPy array of floats, and a dout whose dtype is not q's.
+        If one is no NumPy array of floats, or dout's dtype is not q's.
     ValueError
         If one has another shape than out or lse.
     """
@@ -107,7 +107,7 @@ def check_results(problem: Problem, out: Any, lse: Any) -> tuple[Array, Array]:
     Raises
     ------
     TypeError, ValueError
-        If one has not the shape and dtype that `attention(..., return_lse=True)` gives.
+        If one does not have the shape and dtype that `attention(..., return_lse=True)` gives.
     """
     views = []
     for x, name, shape, dtype in (
@@ -136,7 +136,7 @@ def sink_gradient(problem: Problem, lse: Array, deltas: Array) -> Array:
 
 
 def check_tangent(x: Any, of: Any, name: str) -> Array | None:
-    """The direction `x` of the argument `of`, as a base-class view; None for none.
+    """The direction `x` of the argument `of`, as a base-class view, or None.
 
     Raises
     ------

@@ -7,11 +7,11 @@ largest score m' give, with M = max(m, m') and alpha = 2**(m - M),
     l <- l alpha + sum 2**(s - M)        o <- o alpha + sum 2**(s - M) v            (Milakov and Gimelshein 2018, Rabe
     and Staats 2021)
 
-Both are two-level sums: a block's own sum is built from zero and meets the running one once.
+Both are two-level sums: a block's own sum starts from zero and is added to the running sum once.
 
-The functions are plain: they use operators and the names handed to `build`, which mean vectors on the CPU, scalars on a
-GPU and arrays in NumPy. A state starts at m = -inf, l = 0, o = 0, true -inf and no finite stand-in: `safe` keeps -inf -
--inf from happening.
+The functions use operators and the names that are passed to `build`. These mean vectors on the CPU, scalars on a GPU
+and arrays in NumPy. A state starts at m = -inf, l = 0, o = 0. No finite number stands for -inf: `finite_or_zero`
+prevents -inf - -inf.
 """
 
 from collections.abc import Callable
@@ -38,14 +38,14 @@ def build(compile_function, exp2, where, equal_minus_inf, zeros_like) -> Online:
 
     @compile_function
     def rescale(m_old, m_new):
-        """alpha, what the sums taken with m_old are worth under m_new >= m_old: exactly 1 where they are equal, 0 for
-        an empty state."""
+        """alpha, the factor that sums taken with m_old have under m_new >= m_old: exactly 1 where the two are equal, 0
+        for an empty state."""
         return exp2(m_old - finite_or_zero(m_new))
 
     return Online(finite_or_zero, rescale)
 
 
-# The same in NumPy: the plain twin that the tests hold the vector code to.
+# The same in NumPy: the tests compare the vector code with it.
 numpy_online = build(lambda f: f, np.exp2, np.where, np.isneginf, np.zeros_like)
 
 

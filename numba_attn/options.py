@@ -41,7 +41,7 @@ Function = Callable[..., Any]
 
 
 class Option(NamedTuple):
-    """What stands behind a keyword's type."""
+    """The default of a keyword, its type in words, and its meaning."""
 
     default: Any
     takes: str  # the type, in words

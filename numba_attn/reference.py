@@ -45,8 +45,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, **options: Un
 
     A pair is visible iff every mask says so, bias is not -inf, and score_mod did not return -inf. Nothing is read of a
     pair that is not visible. A non-finite number in a pair that is visible makes that row of out non-finite, also where
-    IEEE arithmetic would forget it (exp(-inf) = 0, tanh(inf) = 1). A row that sees nothing is 0, with lse -inf, or the
-    sink where its query is in a sequence.
+    IEEE arithmetic would give a finite number (exp(-inf) = 0, tanh(inf) = 1). A row that sees no key is 0. Its lse is
+    -inf, or the sink where its query is in a sequence.
 
     Parameters
     ----------
@@ -110,10 +110,10 @@ def attention_backward(
         c tanh(s / c)            ds *= 1 - tanh(s / c)**2
         scale q k'               dq = scale ds k                       dk = scale ds' q
 
-    Of a pair that is not visible nothing is read, and a row that sees nothing has ds = 0: its dout is ignored, and its
-    dlse reaches the sink alone, unless its query is in no sequence. A non-finite number in a visible pair makes
-    what it feeds non-finite. The derivative of score_mod is its own grad, or is found by dual numbers
-    (`numba_attn.userfn.derivative`).
+    No number of a pair that is not visible is read. A row that sees no key has ds = 0: its dout is ignored, and its
+    dlse goes to the sink only, or nowhere if its query is in no sequence. A non-finite number in a visible pair makes
+    the gradients that are computed from it non-finite. The derivative of score_mod is its own grad, or is found by dual
+    numbers (`numba_attn.userfn.derivative`).
 
     Parameters
     ----------
@@ -221,7 +221,7 @@ def attention_jvp(
         P                        P_dot = P (s_dot - lse_dot)
         out                      out_dot = sum of P Z (v_dot + (s_dot - lse_dot) v)
 
-    No tangent of a pair that is not visible is read. A row that sees nothing has out_dot 0 and lse_dot that of the
+    No tangent of a pair that is not visible is read. A row that sees no key has out_dot 0; its lse_dot is that of the
     sink, or 0.
 
     Parameters
@@ -325,8 +325,8 @@ def _resolved(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> _Call:
 
 
 def _float64(x: Any) -> Any:
-    """An array of one of the other float dtypes in float64. The rest goes through as it is, to be refused by the
-    checks."""
+    """An array of one of the other float dtypes in float64. Anything else is returned unchanged, and the checks refuse
+    it."""
     if type(x) not in (np.ndarray, np.memmap) or not x.dtype.isnative:
         return x
     return x.astype(np.float64) if x.dtype.char in "fe" or x.dtype.name == "bfloat16" else x
@@ -396,9 +396,9 @@ def _heads(call: _Call, score_mod: Differentiated | None) -> Iterator[_Head]:
         seen = visible[b, h]
         in_sequence = at.q_sequence[b] >= 0
         reads: list[tuple[int, int, tuple[int, int], float]] = []
-        with np.errstate(all="ignore"):  # non-finite inputs are allowed, and mean what they mean
+        with np.errstate(all="ignore"):  # non-finite inputs are allowed, so no warnings
             s = problem.scale * (q @ k.T)
-            s = np.where(np.isfinite(s), s, np.nan)  # an infinite feature has no finite answer
+            s = np.where(np.isfinite(s), s, np.nan)  # an infinite feature gives no finite score
             softcap_slope = score_mod_slope = np.ones(s.shape)
             if problem.softcap != 0.0:
                 t = np.tanh(s / problem.softcap)

@@ -1,7 +1,7 @@
 """Times one attention shape in numba_attn, in NumPy and in whatever peers are installed: `numba-attn bench`.
 
-Each library runs in a process of its own (their thread pools disturb one another) and the processes take turns, so
-that a change of clock or of load meets all of them alike. The file is also the worker: it is started by its path and
+Each library runs in a process of its own (their thread pools disturb one another) and the processes take turns, so that
+a change of clock or of load affects all of them alike. The file is also the worker: it is started by its path and
 imports this package only where that is the library under test.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-# A library whose rows are further from dense float64 has computed something else: its time counts for nothing.
+# A library whose rows are further from dense float64 has computed something else. Its time is not reported.
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -64,7 +64,7 @@ class Case:
         return {"causal": True, **align, **({"window": (self.window - 1, 0)} if self.window else {})}
 
     def flops(self) -> int:
-        """4 dim for each visible pair, 14 dim with the backward pass (7 products): a masked score counts nothing."""
+        """4 dim for each visible pair, 14 dim with the backward pass (7 products): a hidden pair counts nothing."""
         pairs = self.q_len * self.kv_len
         if self.causal or self.window:
             seen = np.clip(np.arange(self.q_len) + self.offset + 1, 0, self.kv_len)
@@ -93,7 +93,8 @@ class Case:
 
 @dataclass
 class Result:
-    """By library: seconds a call (the median over the rounds) and the error against dense float64, or why not."""
+    """By library: seconds a call (the median over the rounds) and the error against dense float64, or the reason why
+    there is none."""
 
     case: Case
     seconds: dict[str, float] = field(default_factory=dict)
@@ -312,7 +313,7 @@ LIBRARIES: dict[str, tuple[str, Callable[[Case, int], Callable[[], object]]]] = 
 
 
 def installed() -> list[str]:
-    """The libraries that can be timed here; onnxruntime also needs onnx, to write its model down."""
+    """The libraries that can be timed here; onnxruntime also needs onnx, to write its model."""
     found = [name for name, (module, _) in LIBRARIES.items() if importlib.util.find_spec(module)]
     return [name for name in found if name != "onnxruntime" or importlib.util.find_spec("onnx")]
 
@@ -321,7 +322,7 @@ def installed() -> list[str]:
 
 
 def checked_rows(case: Case) -> list[int]:
-    """The query rows whose results are held against dense float64."""
+    """The query rows whose results are compared with dense float64."""
     return sorted({0, case.q_len // 2, case.q_len - 1})
 
 

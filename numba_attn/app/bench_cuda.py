@@ -1,7 +1,7 @@
 """`numba-attn bench --backend cuda`: times on this machine's GPU, beside torch where it is installed, as one block of
 text to paste into an issue.
 
-Kernels are timed by the device's own events, so that the host's share is left out; it is told on a line of its own.
+Kernels are timed by the device's own events, so that the host's time is not included. That has a line of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from .bench import TOLERANCE, Case, checked_rows, error_of_rows
 from .terminal import table
 
-# What a GPU is bought for, and what shows where a kernel is weak.
+# Typical shapes, and shapes that show where a kernel is weak.
 CASES = (
     Case(batch=4, heads=16, kv_heads=16, q_len=2048, kv_len=2048, dim=64, dtype="float16"),
     Case(batch=4, heads=16, kv_heads=16, q_len=2048, kv_len=2048, dim=64, dtype="float16", causal=True),
@@ -101,8 +101,8 @@ FILL, MOST_FILLS = 2**26, 400  # bytes that the device is busy with while the ho
 def timed(call: Callable[[], Any], device: Any, seconds: float) -> tuple[float, float]:
     """(seconds on the device, seconds of the host until the call returns), medians; the call was made before.
 
-    The device has something else to do first, for longer than the host needs: what an idle device waits for the host
-    would count as the kernels' time.
+    The device first gets other work, which takes longer than the host needs. An idle device would wait for the host,
+    and that would count as the kernels' time.
     """
     on_device: list[float] = []
     on_host: list[float] = []
@@ -147,7 +147,7 @@ def row(case: Case, device: Any, seconds: float) -> list[str]:
         except (NotImplementedError, ImportError) as why:
             cells.append(f"- ({why})")
             continue
-        except Exception as why:  # one shape that fails is a line of the report, not its end
+        except Exception as why:  # a shape that fails is one line, and the others still run
             cells.append(f"failed: {type(why).__name__}: {why}"[:120])
             continue
         times[name] = spent

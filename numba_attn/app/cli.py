@@ -24,7 +24,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Bad arguments end with a message and exit status 2, an output that cannot be written with 1."""
-    if sys.stdout is None:  # Python's word for a standard output that was closed before it started
+    if sys.stdout is None:  # standard output was closed before Python started
         print("numba-attn: standard output is closed", file=sys.stderr)
         return 1
     output = Output(sys.stdout)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OutputFailed as why:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is left goes there when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # for what Python still writes at its end
         print(f"numba-attn: standard output takes no more: {why}", file=sys.stderr)
         return 1
 
@@ -162,7 +162,7 @@ def info() -> dict[str, str]:
 
 
 def _try_a_call() -> str:
-    """One call large enough for threads. A failure is a line of the report, not the end of it."""
+    """One call large enough for threads. A failure is one line of the report, which goes on."""
     try:
         import numpy as np
 
@@ -224,7 +224,7 @@ def _compile(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with Progress(len(kernels)) as progress:
             folder, compiled = ahead.fill(kernels, progress.step)
-    except (RuntimeWarning, OSError) as why:  # what only slows other commands down leaves this one nothing to do
+    except (RuntimeWarning, OSError) as why:  # without a cache folder there is nothing to fill
         print(f"numba-attn compile: {str(why).removeprefix('numba_attn: ')}", file=sys.stderr)
         return 1
     print(table(["kernel", "time", ""], [[name, seconds_text(seconds), how] for name, seconds, how in compiled]))
@@ -263,7 +263,7 @@ def _bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--dtype bfloat16 needs ml_dtypes: {sys.executable} -m pip install ml_dtypes")
     if args.threads and args.threads > numba.config.NUMBA_NUM_THREADS:
         parser.error(f"--threads takes at most {numba.config.NUMBA_NUM_THREADS} here (NUMBA_NUM_THREADS)")
-    default = [name for name in bench.installed() if args.window or name != "torch-flex"]  # it is there for windows
+    default = [name for name in bench.installed() if args.window or name != "torch-flex"]  # it is for windows
     libraries = args.libraries.split(",") if args.libraries else default
     if unknown := [name for name in libraries if name not in bench.installed()]:
         parser.error(f"--libraries: {unknown[0]!r} is not among those found here: {', '.join(bench.installed())}")

@@ -1,4 +1,5 @@
-"""The demonstration behind `numba-attn demo`: attention to check by eye, and attention that NumPy cannot hold.
+"""The demonstration behind `numba-attn demo`: attention whose result can be seen, and attention that does not fit into
+memory with NumPy.
 
 First, handwritten digits are classified by cross-attention alone, with nothing trained. Then a causal window with
 grouped heads runs over a long sequence, beside dense NumPy at the largest size that fits in memory.
@@ -24,19 +25,19 @@ from numba_attn import reference
 from numba_attn.app.bench import Case, dense_attention
 from numba_attn.app.terminal import Progress, bytes_text, seconds_text, table
 
-TRAINING = 1347  # three quarters; the writers of the rest are others than these
+TRAINING = 1347  # three quarters; other people wrote the rest
 
 # Images are scaled to length 1, so that a score is the cosine of two images. The scale is the inverse width of the
 # kernel, chosen by leave-one-out on the training images (10: 94.9 %, 20: 97.0, 40: 98.1, 80: 99.1, 160: 99.2), never on
 # the test images.
 DIGITS_SCALE = 80.0
 
-SHOWN_DIGIT = 285  # the test image whose attention is drawn: a hard one, its largest weight is on another digit
+SHOWN_DIGIT = 285  # the test image whose attention is drawn: a difficult one, its largest weight is on another digit
 SHOWN_KEYS = 5
 
 HEADS, KV_HEADS, DIM, WINDOW = 8, 2, 64, 1024
 TOKENS = 16_384
-CHECKED_ROWS = 64  # of each head, the last ones: held against dense float64
+CHECKED_ROWS = 64  # of each head, the last ones: compared with dense float64
 
 
 @dataclass
@@ -174,7 +175,7 @@ def largest_dense(limit: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that a process can get now: what Linux says, elsewhere a cautious 4 GB."""
+    """Bytes that a process can get now, as Linux reports them. On other systems 4 GB, a low estimate."""
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":") for line in lines)
@@ -219,7 +220,7 @@ class Growth:
 
 @contextlib.contextmanager
 def peak_growth() -> Iterator[Growth]:
-    """Measure how far the block drives up the resident memory (Linux, where the high-water mark can be reset)."""
+    """Measure by how much the block raises the resident memory (on Linux, where the peak can be reset)."""
     growth = Growth()
     before = _resident("VmRSS") if _reset_high_water() else None
     yield growth
@@ -288,7 +289,7 @@ def run(plot: str | None, quick: bool) -> None:
 
 
 def check_plot(path: str) -> str | None:
-    """Why `path` cannot be drawn to, or None. Asked before the work, not after it."""
+    """Why `path` cannot be drawn to, or None. Called before the work starts."""
     folder = os.path.dirname(os.path.abspath(path))
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         return f"--plot takes a file that ends in .png, .svg or .pdf, not {path!r}"

@@ -11,11 +11,11 @@ from typing import Any, TextIO
 
 
 class OutputFailed(Exception):
-    """Standard output takes no more: a full disk, a closed pipe. No OSError, which argparse would swallow."""
+    """Standard output cannot be written: a full disk, a closed pipe. It is no OSError, which argparse would ignore."""
 
 
 class Output:
-    """Standard output for print and argparse, with failures that tell themselves from other errors of files."""
+    """Standard output for print and argparse. Its failures differ from the errors of other files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

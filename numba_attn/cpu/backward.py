@@ -11,13 +11,13 @@
             dV += P' dO, dK += dS' Q         over all those tiles at once
         dK scale, dV go out; dQ' is added to the head's
 
-Seven products with the forward's two. P is 0 and dS is 0 for a hidden pair whatever else stands there. A product starts
-from zero in every block and meets the running sum once: two-level sums, dQ' three-level.
+With the forward's two these are seven products. For a hidden pair P and dS are 0, whatever its operands are. A product
+starts from zero in every block and is added to the running sum once: two-level sums, dQ' three-level.
 
 Key ranges are at most RANGES equal runs of whole blocks, a function of Sk alone. One thread takes all ranges of a head
-in order, and adds their dQ' as it goes; the last heads, one for each thread, are dealt range by range, and who finishes
-such a head adds the same sums in the same order. So no bit depends on threads, and dQ' of a range is kept for a few
-heads only.
+in order, and adds their dQ' one after another. Of the last heads, one for each thread, each range is a work item. The
+thread that finishes the last range of such a head adds the same sums in the same order. So no bit depends on threads,
+and dQ' of a range is kept for a few heads only.
 """
 
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def padded(elem: str, n: int) -> int:
 class Needs(NamedTuple):
     """What a call has that takes a buffer of its own."""
 
-    copies: bool  # K and V are not where and as the kernel reads them
+    copies: bool  # K and V are copied before the kernel reads them
     bias: bool
     modified: bool  # softcap or score_mod
     drop: bool
@@ -137,7 +137,7 @@ def layout(elem: str, qk_dim: int, v_dim: int, keys: int, head_size: int, needs:
 
 
 class Tile(NamedTuple):
-    """A tile of queries with all that is kept of it while it meets the blocks of a range."""
+    """A tile of queries with all that is kept of it during its pass over the blocks of a range."""
 
     queries: Any  # its TILE record
     q: Any  # scaled queries and dout, transposed: x[c, lane]
@@ -244,11 +244,11 @@ def load_tile(task, tile):
         q[x] = q[x] * factor
     array = Strided(call.dout + b * call.dout_b, call.dout_h, call.dout_s, call.dout_d, call.storage)
     gather(load_rows(task, queries, array, tile.dout_rows, dv), dout, w, dv, dout)
-    # One row that is not finite makes its products so: it is kept apart, see `add_bad_rows`.
+    # A row that is not finite would make its products so. It is kept apart: see `add_bad_rows`.
     queries.q_finite, queries.dout_finite = all_finite(q, qk * w), all_finite(dout, dv * w)
     if not (queries.q_finite and queries.dout_finite):
         mark_bad_rows(task, tile)
-    # What the delta kernel has left of each row.
+    # What the delta kernel has computed for each row.
     log_sums, deltas = pointer_like(q, call.log_sums), pointer_like(q, call.deltas)
     for r in range(w):
         at = (b * call.heads + queries.heads[r]) * call.rows + queries.rows[r]
@@ -275,7 +275,7 @@ def weights(tile, keys, w):
             at = j * w + c
             x = load(s + at)
             y = x - log_sum
-            # Hidden pairs are chosen, not multiplied: what stands in dP there may be NaN.
+            # Zeros of hidden pairs are selected, not multiplied: dP may be NaN there.
             p = select(x == hidden, zero, exp2(select(y > zero, zero, y)))
             ds = select(x == hidden, zero, p * (load(dp + at) - delta))
             store(s + at, p)
@@ -341,9 +341,9 @@ def pair_block(task, unit, tile, keys, k, v):
 
 @outlined
 def add_bad_rows(task, tile, part, dk, dv):
-    """What marked rows feed: dS is not finite where such a row is visible, and 0 where it is hidden.
+    """Add the products of marked rows. dS is not finite where such a row is visible, and 0 where it is hidden.
 
-    Left out of the products, where 0 weights of hidden pairs would turn its NaN into everybody's.
+    The products leave these rows out: there, 0 times the NaN of a hidden pair would make the sums of all keys NaN.
     """
     w, n = tile.queries.width, task.call.v_dim
     bad, p, ds, dout = tile.bad, tile.p, tile.ds, tile.dout
@@ -385,7 +385,7 @@ def attend_block(task, span, n, j0):
     n_keys, key, parts = min(call.block, span.high - j0), task.sequence.k_start + j0, call.at_parts
     k = KeyRows(span.k + at * call.qk_dim, span.flags[at // call.block] != 0)
     v = span.v + at * call.v_dim
-    # Tile by tile: weights, dS and what dQ' gets. Of each tile remember which keys of the block it saw.
+    # Tile by tile: weights, dS and the sum of dQ'. The keys of the block that each tile sees are noted.
     low, high = n_keys, 0
     for t in range(n):
         tile, part = tile_at(task, t), part_record(address_of(task.scratch) + parts, t)
@@ -397,7 +397,7 @@ def attend_block(task, span, n, j0):
             else:
                 low, high = min(low, first), max(high, last)
         part.first, part.last, part.count, part.width = first, last, queries.count, queries.width
-    # All tiles at once: what the keys get. Fewer additions to dK and dV in memory, and longer sums in registers.
+    # All tiles at once: the sums of dK and dV. That takes fewer additions in memory, and sums in registers are longer.
     if low < high:
         dk, dv = span.dk, span.dv
         add_keys(task, n, Matrix(dk.at + at * dk.ld, dk.ld), Matrix(dv.at + at * dv.ld, dv.ld), low, high)
@@ -426,7 +426,7 @@ def open_span(task, low, high, unit):
     flags, ones = i64_ptr(at_byte(scratch, call.at_flags)), ones_of(task)
     for r in range(full_width(scratch)):
         ones[r] = 1.0
-    # A block with a NaN or an infinity in K is multiplied with care, the others are not held up.
+    # Only a block with a NaN or an infinity in K takes the slower product.
     for j0 in range(0, keys, block):
         flags[j0 // block] = all_finite(k + j0 * qk, min(block, keys - j0) * qk)
     return Span(low, high, unit, k, v, flags, dk_sum, dv_sum)
@@ -444,7 +444,7 @@ def load_tiles(task, span, first_tile, n):
             load_tile(task, tile)
             from_key, to_key = min(from_key, queries.low), max(to_key, queries.high)
         else:
-            queries.low, queries.high = span.high, 0  # so that no block finds a key for it
+            queries.low, queries.high = span.high, 0  # so that it sees no key of any block
     return max(from_key - span.low, 0), min(to_key, span.high)
 
 
@@ -472,7 +472,7 @@ def attend_range(task, low, high, unit, dq):
         while j0 < to_key:
             attend_block(task, span, n, j0)
             j0 += block
-        # Third level of the sums of dQ': a tile's sum over the span meets that over the spans before.
+        # Third level of the sums of dQ': a tile's sum over the span is added to that over the spans before.
         for t in range(n):
             tile = tile_at(task, t)
             queries = tile.queries
@@ -480,7 +480,7 @@ def attend_range(task, low, high, unit, dq):
                 to = dq + (first_tile + t) * call.qk_dim * w
                 for x in range(call.qk_dim * queries.width):
                     to[x] = to[x] + tile.dq[x]
-    # The rows of Q in the sum of dK are not scaled: the scale comes in here.
+    # The rows of Q in the sum of dK are not scaled: dK is scaled here.
     dk_at = call.dk + b * call.dk_b + h * call.dk_h + key * call.dk_s
     dv_at = call.dv + b * call.dv_b + h * call.dv_h + key * call.dv_s
     dk_array = Strided(dk_at, call.dk_h, call.dk_s, call.dk_d, call.storage)
@@ -507,10 +507,10 @@ def finish(task, dq):
 
 @inner
 def attend_ranges(task, head, first_range, end_range, dq):
-    """Ranges of keys of a head, in order; dq: the sum of theirs."""
+    """Ranges of keys of a head, in order. dq is the sum of their dQ'."""
     call, k_len = task.call, task.sequence.k_len
-    # Whole blocks, as equal as can be: a function of k_len alone.
-    run = ((k_len + call.block - 1) // call.block + RANGES - 1) // RANGES * call.block  # as range_keys() has it
+    # Ranges of whole blocks, as equal as possible: a function of k_len alone.
+    run = ((k_len + call.block - 1) // call.block + RANGES - 1) // RANGES * call.block  # as in range_keys()
     for x in range(dq_size(task)):
         dq[x] = 0.0
     for r in range(first_range, end_range):
@@ -551,7 +551,7 @@ def attend_item(call, scratch, item):
     attend_ranges(task, head, first_range, end_range, dq)
     whole = fine < 0
     if not whole and fetch_add(i64_ptr(call.done) + fine // RANGES, 1) == RANGES - 1:
-        # Who finishes the last range of a head adds up the sums of all.
+        # The thread that finishes the last range of a head adds the sums of all ranges.
         dq = pointer_like(scratch, call.partial + fine // RANGES * RANGES * size)
         add_ranges(task, dq)
         whole = True
@@ -564,7 +564,7 @@ def build(elem: str):
     pointer = POINTER[elem]
 
     def drain(call_at):
-        """Take work items off the shared counter until none is left: whole heads, then ranges of the last ones."""
+        """Take work items from the shared counter until none is left: whole heads, then ranges of the last ones."""
         call = call_record(call_at, 0)
         scratch, counter = pointer(own_scratch(call)), i64_ptr(call.counter)
         while True:

@@ -24,8 +24,8 @@ def _fields(prefix, names):
     return [(prefix + n, np.int64) for n in names.split()]
 
 
-# 8-byte fields only. The "at_" fields are offsets in a thread's scratch memory (see `buffers`); a kernel has those that
-# it names in its layout, and never reads the others.
+# 8-byte fields only. The "at_" fields are offsets in a thread's scratch memory (see `buffers`); a kernel has the
+# buffers that its layout names, and never reads the other fields.
 CALL = np.dtype(
     _fields("", "q k v out lse storage")
     + _fields("q_", "b h s d")
@@ -191,7 +191,7 @@ mask_record, segments_record, modifier_record = (
 
 @inner
 def own_scratch(call):
-    """The scratch memory of one of the threads that work on a call: each asks once. The counters are two numbers, work
+    """The scratch memory of a thread that works on a call. A thread calls this once. The counters are two numbers, work
     items and threads."""
     return call.memory + call.scratch * fetch_add(i64_ptr(call.counter) + 1, 1)
 

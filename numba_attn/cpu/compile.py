@@ -51,7 +51,7 @@ def _cache_for(py_func, name):
     folder = cache_folder() if _tested() else None
     if folder is None:
         return caching.NullCache()
-    from .disk import KernelCache  # here: an untested Numba may lack what it builds on
+    from .disk import KernelCache  # imported here: an untested Numba may lack its base classes
 
     return KernelCache(py_func, name, folder)
 
@@ -59,12 +59,12 @@ def _cache_for(py_func, name):
 # ---------------------------------------------------------------- inner functions
 #
 # Numba optimises every function that a kernel calls and writes machine code for it, although only the kernel that it is
-# inlined into is ever run: two thirds of the compile time. Inner functions here stop at LLVM IR, and the kernel's own
-# pass optimises all.
+# inlined into is ever run. That takes two thirds of the compile time. Inner functions here stop at LLVM IR, and the
+# kernel's own pass optimises all.
 
 
 class _InnerLibrary(JITCodeLibrary):
-    """A library to link from. Should anyone ask for the address of a function in it after all, it is finished then."""
+    """A library to link from. If the address of a function in it is needed after all, it is compiled then."""
 
     _added = False
 
@@ -85,7 +85,7 @@ class _InnerLibrary(JITCodeLibrary):
     def get_pointer_to_function(self, name):
         self._ensure_finalized()
         if not self._added:
-            try:  # a look-up by name: this is asked of every inner function, whose module holds all that it calls
+            try:  # a look-up by name: every inner function comes here, and its module holds all that it calls
                 self._final_module.get_function(name)
             except NameError:
                 return 0
@@ -102,15 +102,15 @@ _OUTLINED: set[str] = set()
 
 
 def outlined(py_func):
-    """inner() for what runs once a tile or a block, or seldom: LLVM leaves it a function, which saves a tenth of the
-    compile time and nothing at run time."""
+    """inner() for code that runs at most once for a tile or a block. LLVM does not inline it, which saves a tenth of
+    the compile time and costs nothing at run time."""
     _OUTLINED.add(f"{len(py_func.__name__)}{py_func.__name__}B")  # as it stands in the mangled name
     return inner(py_func)
 
 
 class _KernelLibrary(JITCodeLibrary):
-    """A kernel's own library. What it is made of is private to it: the names of inner functions are unique in one
-    process only, and two kernels out of the cache, compiled in two processes, would take each other's."""
+    """A kernel's own library. Its inner functions are private to it. Their names are unique in one process only: two
+    kernels from the cache, compiled in two processes, would otherwise call each other's."""
 
     def _optimize_final_module(self):
         for fn in self._final_module.functions:
@@ -137,7 +137,7 @@ def _inner_libraries(kernel: str):
 
     with global_compiler_lock:
         collecting = gc.isenabled()
-        gc.disable()  # nothing to collect in a compilation, and looking takes a tenth of it
+        gc.disable()  # a compilation leaves no garbage, and the search takes a tenth of its time
         codegen._library_class, codegen.set_env = library_class, set_env
         try:
             yield
@@ -149,8 +149,8 @@ def _inner_libraries(kernel: str):
 
 @contextlib.contextmanager
 def _working_folder():
-    """Numba asks for the working folder as it compiles. Where that was deleted the process is lent the root, until the
-    kernel is there; call it with Numba's lock held, so that no thread's folder is taken back under another."""
+    """Numba asks for the working folder while it compiles. If that was deleted, the root folder is the working folder
+    until the kernel is compiled. Hold Numba's lock, so that no other thread changes the folder back meanwhile."""
     try:
         os.getcwd()
         lost = None
@@ -192,7 +192,7 @@ def compile_cfunc(py_func, signature, name: str, cached: bool = True) -> int:
 
 
 _COUNTER = itertools.count()
-_KEEP: list[CFunc] = []  # a C function dies with its object
+_KEEP: list[CFunc] = []  # this object keeps the machine code alive
 
 
 def compile_entry(py_func, signature, name: str, parallel: bool = False):

@@ -1,5 +1,5 @@
-"""delta = rowsum(dout out) - dlse of every query, and its log sum in log2 units: what the backward kernel reads of a
-row."""
+"""delta = rowsum(dout out) - dlse of every query, and its log sum in log2 units: the numbers of a row that the backward
+kernel reads."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .vectors import MINUS_INF, load, multiply_add, select, splat, store
 
 @inner
 def read_head(call, scratch, array, first, w, dst):
-    """Rows first:first + w of one head of dout or out, transposed; past its end the last one again."""
+    """Rows first:first + w of one head of dout or out, transposed; rows past its end repeat the last one."""
     table, rows = i64_ptr(at_byte(scratch, call.at_table)), at_byte(scratch, call.at_rows)
     for r in range(w):
         table[r] = array.address + min(first + r, call.rows - 1) * array.s
@@ -24,7 +24,7 @@ def read_head(call, scratch, array, first, w, dst):
 def dot_lanes(x, y, sums, w, n):
     """sums[lane] = sum_d x[d, lane] y[d, lane], 0 where y is 0 throughout.
 
-    That is a row of out that sees nothing: its dout may hold anything.
+    y is a row of out. It is 0 throughout where the row sees no key, and its dout may then hold anything.
     """
     zero, one = splat(x, 0), splat(x, 1)
     for c in range(0, w, lanes(x)):
@@ -35,7 +35,7 @@ def dot_lanes(x, y, sums, w, n):
             y0, y1 = load(y + at), load(y + (at + w))
             even = multiply_add(load(x + at), y0, even)
             odd = multiply_add(load(x + (at + w)), y1, odd)
-            used = select(y0 == zero, select(y1 == zero, used, one), one)  # NaN is no 0
+            used = select(y0 == zero, select(y1 == zero, used, one), one)  # NaN counts as not 0
         if n & 1:
             at = (n - 1) * w + c
             y0 = load(y + at)
@@ -58,7 +58,7 @@ def delta(call, scratch, b, h, first):
     dot_lanes(x, y, sums, w, n)
     to = (b * call.heads + h) * call.rows + first
     log_sums, deltas = pointer_like(x, call.log_sums) + to, pointer_like(x, call.deltas) + to
-    # The log sum of an empty row is never used; 0 keeps -inf - -inf out of the weights.
+    # The log sum of an empty row is never used; 0 prevents -inf - -inf in the weights.
     for r in range(count):
         lse = pointer_like(x, call.lse + b * call.lse_b + h * call.lse_h + (first + r) * call.lse_s)[0]
         log_sums[r] = scalar(x, 0) if lse == MINUS_INF else scalar(x, np.float64(lse) * LOG2E)
@@ -74,7 +74,7 @@ def build_delta(elem: str):
     pointer = POINTER[elem]
 
     def drain(call_at):
-        """Tile after tile off the shared counter."""
+        """Take tiles from the shared counter until none is left."""
         call = call_record(call_at, 0)
         scratch, counter = pointer(own_scratch(call)), i64_ptr(call.counter)
         w = full_width(scratch)

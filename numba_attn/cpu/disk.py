@@ -50,8 +50,8 @@ class _File(caching.IndexDataCacheFile):
         super().save(key, (repr(key), self._source_stamp, data))
 
     def load(self, key):
-        """Only what this very key and these very sources wrote: index and data are two files, which two processes may
-        write in turns."""
+        """Only a kernel with this key and of these sources. Index and data are two files, and two processes may write
+        one each."""
         found = super().load(key)
         return found[2] if found is not None and found[:2] == (repr(key), self._source_stamp) else None
 
@@ -82,7 +82,7 @@ class KernelCache(caching.Cache):
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whatever a damaged file makes pickle raise: compile anew, and write the files anew
+        except Exception:  # a damaged file makes pickle raise anything: compile, and write the files again
             with contextlib.suppress(OSError):
                 self.flush()
             return None
@@ -90,7 +90,7 @@ class KernelCache(caching.Cache):
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
-        except OSError as error:  # a full disk, or a folder that is gone by now or was filled ahead and is read-only
+        except OSError as error:  # a full disk, or a folder that was deleted, or filled ahead of time and is read-only
             warnings.warn(
                 f"numba_attn: {self._cache_path} takes no kernel, so it is compiled anew in every process: {error}",
                 RuntimeWarning,

@@ -49,9 +49,9 @@ MAX_QUERIES_COPY = 384  # where the pass also copies or converts K and V
 def key_block(elem: str, head_dim: int) -> int:
     """Keys a block: a function of accumulation type and head size alone, since a row's bits depend on it.
 
-    Long blocks pay the fold of O' seldom; S', K and V of a block stay in the second-level cache. Share of FMA peak of
-    the three inner loops (Zen 4, D = 64): 64 keys 80 %, 128 keys 84, 192 keys 87, 256 keys 89; D = 128: 64 keys 89, 128
-    keys 95.
+    With long blocks O' is folded less often. S', K and V of a block stay in the second-level cache. Share of FMA peak
+    of the three inner loops (Zen 4, D = 64): 64 keys 80 %, 128 keys 84, 192 keys 87, 256 keys 89; D = 128: 64 keys 89,
+    128 keys 95.
     """
     keys = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
     return keys if elem == "f32" else keys // 2
@@ -108,7 +108,7 @@ def long_sums_of(task, t):
 
 @inner
 def begin(task, queries, q, state):
-    """Load the tile's queries; nothing is summed yet, but for a sink: a key whose value is 0."""
+    """Load the tile's queries; only a sink is summed already: it is a key whose value is 0."""
     call, w = task.call, queries.width
     m, l, o = state.m, state.l, state.o
     load_queries(task, queries, q)
@@ -141,13 +141,13 @@ def flush(w, n, state, sums):
     m_sum, l_sum, o_sum = sums.m, sums.l, sums.o
     l, o = state.l, state.o
     alpha = m_sum + full_width(m_sum)
-    # The tile's m goes on, so it is the largest score of both: only the older sums must be rescaled.
+    # The tile keeps its m, which is the largest score of both. Only the older sums must be rescaled.
     for r in range(w):
         m_new = state.m[r]
         safe = scalar(m_sum, 0) if m_new == MINUS_INF else m_new  # -inf - -inf must not happen
         alpha[r] = m_sum[r] - safe
         m_sum[r] = m_new
-    # Add and begin anew at 0.
+    # Add, and start again from 0.
     for c in range(0, w, lanes(l)):
         factor = exp2(load(alpha + c))
         store(l_sum + c, load(l_sum + c) * factor + load(l + c))
@@ -162,8 +162,8 @@ def flush(w, n, state, sums):
 def finish(task, queries, state):
     """out = O' / l, 0 for an empty row; lse = m + log l in natural units.
 
-    -0 becomes +0 on the way out: a block of which a row sees nothing may turn -0 into +0, and a row's bits may not
-    depend on that.
+    -0 becomes +0 at the store: a block of which a row sees no key may turn -0 into +0, and a row's bits must not depend
+    on that.
     """
     call, m, l = task.call, state.m, state.l
     rows, heads = queries.rows, queries.heads
@@ -192,7 +192,7 @@ def attend_tile(task, queries, keys, k, v, q, state):
     seen = score_block(task, queries, keys, k, q, s, not v.finite)
     if seen == NONE:
         return
-    # P' in its place, and what the sums up to here are worth now.
+    # P' replaces S'. alpha is the factor of the sums so far.
     online_softmax(s, w, keys, state, alpha)
     # After the sum of the weights: a dropped pair still takes part in the softmax.
     if call.drop:
@@ -222,7 +222,7 @@ def attend_block(task, n_tiles, j0):
     # Rows as accumulation type: read where they lie if they can be, else copied once for all tiles.
     k_at = key_rows(k_array(task, key), at_byte(scratch, call.at_k), n_keys, qk)
     v_at = key_rows(v_array(task, key), at_byte(scratch, call.at_v), n_keys, dv)
-    # V is looked through only if some pair is hidden: else every product is what IEEE arithmetic says.
+    # V is searched for NaN and infinity only if some pair is hidden. Otherwise every product follows IEEE arithmetic.
     k = KeyRows(k_at, all_finite(k_at + low * qk, (high - low) * qk))
     v = KeyRows(v_at, not mixed or all_finite(v_at + low * dv, (high - low) * dv))
     for t in range(n_tiles):
@@ -235,17 +235,17 @@ def attend_block(task, n_tiles, j0):
 
 @inner
 def attend(task, first_tile, n_tiles):
-    """n_tiles query tiles of one (sequence, key head), together over the keys that any of them needs."""
+    """n_tiles query tiles of one (sequence, key head), together, over all keys that one of them needs."""
     dv, block = task.call.v_dim, task.call.block
     long = task.sequence.k_len > FLUSH
-    # Where each tile is, and which keys any of them sees.
+    # Where each tile is, and the keys that one of them sees.
     low, high = task.sequence.k_len, 0
     for t in range(n_tiles):
         queries = queries_at(task, t)
         locate(task, first_tile + t, queries)
         low, high = min(low, queries.low), max(high, queries.high)
         prefetch_queries(task, queries)
-    # By now the rows that were asked for are on their way.
+    # The rows that were prefetched above are read here.
     for t in range(n_tiles):
         queries = queries_at(task, t)
         begin(task, queries, queries_of(task, t), state_of(task, t))

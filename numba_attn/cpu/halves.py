@@ -38,7 +38,7 @@ def float_to_half(typingctx, x):
         c = lambda v: ir.Constant(I32, v)  # noqa: E731
         sign = builder.and_(builder.lshr(bits, c(16)), c(0x8000))
         magnitude = builder.and_(bits, c(0x7FFFFFFF))
-        # normal range: rebias and round to nearest even on the 13 bits that go
+        # normal range: rebias and round to nearest even on the 13 bits that are dropped
         odd = builder.and_(builder.lshr(magnitude, c(13)), c(1))
         normal = builder.lshr(builder.add(builder.sub(magnitude, c(112 << 23)), builder.add(c(0xFFF), odd)), c(13))
         normal = builder.select(builder.icmp_unsigned(">", normal, c(0x7C00)), c(0x7C00), normal)

@@ -8,7 +8,7 @@ from .simd import POINTER, fetch_add, i64_ptr
 
 @inner
 def sequence_of(call, item):
-    """The sequence whose work items hold this one: call.first_item rises."""
+    """The sequence that has this work item. call.first_item increases."""
     first_item = i64_ptr(call.first_item)
     low, high = 0, call.n_sequences
     while high - low > 1:
@@ -25,8 +25,8 @@ def tiles_of_item(call, n_tiles, local):
     """Key head, first tile and number of tiles of work item `local` of a sequence with n_tiles tiles a head.
 
     Head after head, so that its keys and values stay in the second-level cache. Within a head the first `fine` tiles
-    are items of their own, then come items of call.tiles; late queries are taken first, as with a causal mask they are
-    the heavy ones: the last items to be taken are small.
+    are items of their own, then come items of call.tiles. Late queries are taken first, since with a causal mask they
+    have most work. So the last items to be taken are small.
     """
     fine = min(call.fine, n_tiles)
     chunks = fine + (n_tiles - fine + call.tiles - 1) // call.tiles
@@ -43,8 +43,8 @@ def work_items(attend, elem: str):
     pointer = POINTER[elem]
 
     def drain(call_at):
-        """Take work items off the shared counter until none is left; items are independent, so bits do not depend on
-        who takes which."""
+        """Take work items from the shared counter until none is left. Items are independent, so bits do not depend on
+        which thread takes which."""
         call = call_record(call_at, 0)
         scratch = pointer(own_scratch(call))
         first_item, counter = i64_ptr(call.first_item), i64_ptr(call.counter)

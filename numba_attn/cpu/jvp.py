@@ -7,8 +7,8 @@
     O' = O' alpha + V' P'        O.' = O.' alpha + V.' P' + V' (P' S.')
     out = O / l         lse = m + log l         lse. = c / l         out. = O. / l - lse. out
 
-since d softmax = P (S. - sum P S.). A tangent that is absent is 0 and costs nothing. Sums are two-level: at 65,536
-keys out is off by 5e-6 in float32, where the forward kernel, with a third level, is off by 1e-6.
+since d softmax = P (S. - sum P S.). A tangent that is absent is 0 and costs nothing. Sums are two-level: at 65,536 keys
+the error of out in float32 is 5e-6. In the forward kernel, which has a third level, it is 1e-6.
 """
 
 import math
@@ -82,8 +82,8 @@ class Tile(NamedTuple):
     state: State
     c: Any  # of each lane: the sum of P' S.'
     o_dot: Any
-    alpha: Any  # of each lane: what the old sums are worth now,
-    ones: Any  # and 1
+    alpha: Any  # of each lane: the factor of the old sums
+    ones: Any  # a row of ones
 
 
 class Block(NamedTuple):
@@ -179,13 +179,13 @@ def score_tangents(task, tile, keys, block, s_dot):
     product_tangents(task, tile, keys, block, s_dot, more)
     if call.use_softcap:
         multiply(s_dot, at_byte(scratch, call.at_curve), begin, end)
-    # A bias adds its tangent,
+    # A bias adds its tangent.
     if call.bias_dot:
         at = call.bias_dot + b * call.bias_dot_b + (keys.key + keys.first) * call.bias_dot_j
         array = Strided(at, call.bias_dot_h, call.bias_dot_i, call.bias_dot_j, call.bias_dot_storage)
         read_queries(task, queries, array, more + begin, keys.last - keys.first)
         add_scaled(s_dot, more, scalar(more, 1), begin, end)
-    # a slope -slope. |i + offset - j|,
+    # A slope adds -slope. |i + offset - j|.
     if call.slopes_dot:
         slopes = pointer_like(more, call.slopes_dot + b * call.slopes_dot_b)
         position = at_byte(scratch, call.at_lanes) + full_width(more)
@@ -193,7 +193,7 @@ def score_tangents(task, tile, keys, block, s_dot):
             for r in range(w):
                 x = j * w + r
                 s_dot[x] = s_dot[x] - slopes[queries.heads[r]] * abs(position[r] - scalar(more, j))
-    # and score_mod knows what its own arrays add.
+    # The tangent of score_mod includes those of its arrays.
     if call.score_mod:
         tangent_calls(call, at_byte(scratch, call.at_raw) + begin, s_dot + begin, queries, keys)
 
@@ -203,7 +203,7 @@ def score_tangents(task, tile, keys, block, s_dot):
 
 @inner
 def begin(task, tile):
-    """Load the tile's queries and their tangents; nothing is summed yet, but for a sink: a key whose value is 0."""
+    """Load the tile's queries and their tangents; only a sink is summed already: it is a key whose value is 0."""
     call, queries, w = task.call, tile.queries, tile.queries.width
     m, l, c, o, o_dot, ones = tile.state.m, tile.state.l, tile.c, tile.state.o, tile.o_dot, tile.ones
     load_queries(task, queries, tile.q)
@@ -222,7 +222,7 @@ def begin(task, tile):
         m[r] = MINUS_INF
         l[r] = 0.0
         c[r] = 0.0
-    # The tangent of a sink's score counts with the weight 1 that it begins with.
+    # A sink begins with the weight 1, so c begins with the tangent of its score.
     if call.sinks:
         sinks = pointer_like(m, call.sinks)
         for r in range(w):
@@ -247,7 +247,7 @@ def rows_of_block(task, keys, n_keys):
     if call.v_dot:
         at = call.v_dot + b * call.v_dot_b + h * call.v_dot_h + key * call.v_dot_s
         v_dot = key_rows(Strided(at, 0, call.v_dot_s, call.v_dot_d, storage), v_dot, n_keys, dv)
-    # V and its tangent meet the same weights, so one flag serves both.
+    # V and its tangent are multiplied with the same weights, so they share one flag.
     first, n = keys.first, keys.last - keys.first
     v_finite = all_finite(v + first * dv, n * dv)
     if call.v_dot:

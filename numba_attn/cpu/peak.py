@@ -1,7 +1,7 @@
-"""The fastest this CPU multiplies and adds: a register tile of FMAs with no memory behind it.
+"""The FMA peak of this CPU: a loop of FMAs over a register tile, which reads no memory.
 
-Clock and neighbours move it by a fifth from one second to the next, so a fraction of it means something only with loop
-and kernel interleaved in one process (`numba-attn bench --peak`).
+The clock and other processes change it by a fifth from one second to the next. So a fraction of it has a meaning only
+if loop and kernel run in turns in one process (`numba-attn bench --peak`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     value_products   o[d, :] = o[d, :] alpha + sum_j v[j, d] p[j, :]     columns of V or K against weights
     row_products     c[j, :] += sum_r p[j, r] x[r, :]                weights against rows of queries, over several tiles
 
-The last two start from zero and meet the running sum once, at the store: two-level sums, whose error does not grow with
-the number of keys before the block.
+The last two start from zero and are added to the running sum once, at the store: two-level sums, whose error does not
+grow with the number of keys before the block.
 
 The letters, here and in the kernels: j counts keys, c the numbers of a feature, d those of a value, r the queries of a
 tile (one a lane); w is the width of the tile, a multiple of the vector, and n a length that belongs to the argument
@@ -30,10 +30,10 @@ class Matrix(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a product over weights must know of hidden pairs, whose weight is 0."""
+    """What a product over weights reads of hidden pairs, whose weight is 0."""
 
     visible: Any  # a byte for each pair, 0 where it is hidden
-    masked: bool  # v holds a NaN or an infinity, which 0 times it would not silence
+    masked: bool  # v holds a NaN or an infinity, and 0 times it is NaN
 
 
 class Stack(NamedTuple):
@@ -58,7 +58,7 @@ def score_rows(k, q, s, n, size):
     """s[i, :] = sum_c k[i, c] q[c, :] for the keys i of a register tile."""
     t = zeros(k, size)
     w = width(t)
-    # Four steps a turn, here and below: LLVM does not unroll a loop that carries a tile.
+    # Four steps in one iteration, here and below: LLVM does not unroll a loop that carries a tile.
     for c in range(0, n - 3, 4):
         a, b = k + c, q + c * w
         t = outer(t, a, n, b)
@@ -188,7 +188,7 @@ def score_products(k, q, s, keys, w, n):
     first, last = keys.first, keys.last
     if last >= MR:
         for j in range(first, last, MR):
-            at = min(j, last - MR)  # the last register tile reaches back over rows that are done
+            at = min(j, last - MR)  # the last register tile overlaps rows that are done
             score_rows_of_width(k + at * n, q, s + at * w, w, n)
     else:
         for j in range(first, last):
@@ -203,7 +203,7 @@ def value_products(v, p, seen, o, alpha, keys, w, n):
     """
     n_keys, skipped = keys.last - keys.first, keys.first * w
     v, p, visible = v + keys.first * n, p + skipped, seen.visible + skipped
-    # Few dimensions: one by one, by the product that heeds bytes, which must then all be set.
+    # Few dimensions: one by one, by the product that reads the bytes, which must then all be set.
     if n < MR:
         if not seen.masked:
             for x in range(n_keys * w):
@@ -213,7 +213,7 @@ def value_products(v, p, seen, o, alpha, keys, w, n):
         return
     for d in range(0, n, MR):
         at = min(d, n - MR)
-        # The last register tile reaches back over dimensions that are folded already: it skips those.
+        # The last register tile overlaps dimensions that are folded already, and skips those.
         if seen.masked:
             visible_value_rows_of_width(Matrix(v + at, n), p, visible, o + at * w, w, alpha, n_keys, d - at)
         else:
@@ -231,7 +231,7 @@ def row_products(p, x, parts, c, ones, low, high):
     vector = lanes(ones)
     d = 0
     while d < c.ld:
-        # Columns in threes, and four of them as two and two: a last single one would keep the fewest sums busy.
+        # Three columns at a time, and the last four as two and two: a single column has the fewest independent sums.
         left = (c.ld - d) // vector
         column = Stack(x.at + d, x.step)
         if left == 3 or left > 4:

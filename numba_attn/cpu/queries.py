@@ -1,7 +1,7 @@
-"""A tile of queries: which they are, which keys they may see, and how their rows come in and go out.
+"""A tile of queries: which queries it has, which keys they may see, and how their rows are read and written.
 
 Queries of one key head's whole group share tiles. A tile is a TILE record (call.py) in the thread's memory; the block
-of keys that it meets is `Keys`, and what a thread works on is its `Task`.
+of keys that it is combined with is `Keys`, and what a thread works on is its `Task`.
 """
 
 from typing import Any, NamedTuple
@@ -88,7 +88,8 @@ def locate(task, index, queries):
     sequence, vector, k_len = task.sequence, lanes(task.scratch), task.sequence.k_len
     count = place(task, index, queries)
     width = (count + vector - 1) // vector * vector
-    # Union and intersection of the lanes' intervals: blocks outside the one are skipped, inside the other not masked.
+    # Union and intersection of the lanes' intervals. Blocks outside the union are skipped. Blocks inside the
+    # intersection need no mask.
     low, high, inner_low, inner_high = k_len, 0, 0, k_len
     for r in range(count):
         start, end = visible_keys(task, heads[r], rows[r])
@@ -100,7 +101,7 @@ def locate(task, index, queries):
             inner_low, inner_high = max(inner_low, start), min(inner_high, end)
         starts[r], ends[r] = start, end
         rows[r] += sequence.q_start
-    # Idle lanes repeat the last query: they compute what it computes and are not written.
+    # Idle lanes repeat the last query. Their results are not written.
     last = count - 1
     for r in range(count, width):
         rows[r], heads[r], starts[r], ends[r] = rows[last], heads[last], starts[last], ends[last]
@@ -119,7 +120,7 @@ def key_range(queries, j0, keys):
 
 @inner
 def same_head(heads, r, count):
-    """The end of the run of lanes that share lane r's head: users' functions are called a run at a time."""
+    """The end of the run of lanes that share lane r's head: users' functions are called once for each run."""
     end = r + 1
     while end < count and heads[end] == heads[r]:
         end += 1
@@ -189,9 +190,9 @@ def load_queries(task, queries, q):
 
 @inner
 def prefetch_queries(task, queries):
-    """Ask for a tile's rows of q ahead of the transposes, which would wait for one line after another.
+    """Prefetch a tile's rows of q before the transposes, which would wait for one cache line after another.
 
-    Halves the time of `gather` where q comes from memory; the same for rows of out gained nothing.
+    This halves the time of `gather` where q comes from memory. The same for rows of out gave no gain.
     """
     array, rows, heads = q_array(task), queries.rows, queries.heads
     item = itemsize(task.scratch) if array.storage == storage_of(task.scratch) else 2

@@ -11,7 +11,7 @@ from .storage import Strided, storage_of
 
 @inner
 def ones_of(task):
-    """A full width of ones: what sums taken before are worth, here always."""
+    """A full width of ones: the factor of the earlier sums, which are never rescaled here."""
     return at_byte(task.scratch, task.call.at_state)
 
 
@@ -23,7 +23,7 @@ def chain(ds, slope, begin, end):
 
 @outlined
 def add_daux(task, unit, queries, keys, ds):
-    """The gradients of aux, one call a run of lanes that share a head."""
+    """The gradients of aux, one call for each run of lanes that share a head."""
     call, rows, heads = task.call, queries.rows, queries.heads
     w, count = queries.width, queries.count
     sums, skipped = call.aux_sums + unit * call.aux_sums_unit, keys.first * w

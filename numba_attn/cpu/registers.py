@@ -13,7 +13,7 @@ from .vectors import bytes_to_bits, constant, multiply_add_of, splat_of, vector_
 
 
 class Shape(types.Type):
-    """The shape of a register tile as a type: it selects code, and its value is nothing."""
+    """The shape of a register tile as a type: it selects code and has no value."""
 
     def __init__(self, mr, nr):
         self.mr, self.nr = mr, nr
@@ -116,7 +116,8 @@ def store_tile(typingctx, acc, c, ldc):
 
 @intrinsic
 def fold_tile(typingctx, acc, c, ldc, alpha, first):
-    """c[i, :] = c[i, :] * alpha[:] + acc[i, :] for i >= first: a block's own sum meets the running one here, once.
+    """c[i, :] = c[i, :] * alpha[:] + acc[i, :] for i >= first: a block's own sum is added to the running sum here,
+    once.
 
     first > 0 is for the last tile of a length that mr does not divide: it overlaps rows that are folded already.
     """

@@ -1,7 +1,7 @@
 """The SIMD table, and pointers, short vectors and register tiles as Numba types.
 
-Numba has no vector type, and LLVM does not keep a matrix tile in registers when it is an array in a loop. So four
-types:
+Numba has no vector type, and LLVM does not keep a matrix tile in registers when it is an array in a loop. So there are
+four types:
 
     Ptr(elem)             a raw address with an element type; p + n moves by elements, p[i] reads and writes a scalar
     Vec(elem, lanes)      one SIMD register (or the few that a narrower CPU needs); + - * / and comparisons work lane by
@@ -51,7 +51,7 @@ class Row:
     mr: int  # rows of the register tile (keys, or head dimensions)
     nr: int  # vectors of the register tile (queries / lanes)
     fma: bool  # a fused multiply-add instruction exists; without one llvm.fma is a library call
-    f16c: bool  # half <-> float conversion exists; without it LLVM calls a function that is not there
+    f16c: bool  # half <-> float conversion exists; without it LLVM calls a function that does not exist
 
     def lanes(self, elem: str) -> int:
         return self.bits // (8 * BYTES[elem])
@@ -68,7 +68,7 @@ ROWS = {
 
 
 def _compiled_isa() -> str:
-    """The row that Numba's own target machine can run: read off the assembly that LLVM writes for it.
+    """The row that Numba's own target machine can run: found in the assembly that LLVM writes for it.
 
     llvmlite's get_host_cpu_features ignores NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; the code generator does not.
     """
@@ -275,12 +275,12 @@ def _ptr_set(context, builder, sig, args):
     return context.get_dummy_value()
 
 
-# ---------------------------------------------------------------- what is done with addresses
+# ---------------------------------------------------------------- operations on addresses
 
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Ask for the cache line at an address, which may lie anywhere."""
+    """Prefetch the cache line at an address, which may be any number."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], I8.as_pointer())
@@ -307,8 +307,8 @@ def fetch_add(typingctx, p, n):
 def call_address(typingctx, address, *args):
     """Call a C function (integers and pointers in, nothing out) that lies at an address.
 
-    A user's function is compiled alone and reached so: a kernel that closed over it would be compiled anew for each
-    function.
+    A user's function is compiled alone and called in this way. A kernel that contained it would be compiled anew for
+    each function.
     """
     arg_types = args[0] if len(args) == 1 and isinstance(args[0], types.BaseTuple) else types.Tuple(args)
 

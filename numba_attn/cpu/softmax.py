@@ -12,7 +12,7 @@ class State(NamedTuple):
     """What a tile has summed so far, see online.py."""
 
     m: Any  # of each lane: the largest score,
-    l: Any  # and the sum of its weights under m
+    l: Any  # and the sum of its weights relative to m
     o: Any  # sums of the values, o[d, lane]
 
 
@@ -32,8 +32,8 @@ finite_or_zero, rescale = _shared.finite_or_zero, _shared.rescale
 
 @inner
 def raise_maximum(s, w, first, last, m, alpha):
-    """m becomes the maximum over rows first:last too; alpha: what sums taken under the old m are worth now."""
-    # Four chains, of keys 0, 4, ..., of 1, 5, ... and so on: the latency of one instruction is not waited for.
+    """m becomes the maximum of itself and rows first:last. alpha becomes the factor of sums taken with the old m."""
+    # Four chains, of keys 0, 4, ..., of 1, 5, ... and so on, so that their latencies overlap.
     for c in range(0, w, lanes(s)):
         a0 = load(s + (first * w + c))
         a1 = load(s + ((first + 1) * w + c))
@@ -76,7 +76,7 @@ def weigh(s, w, first, last, state, alpha):
             s1 = s1 + e1
             s2 = s2 + e2
             s3 = s3 + e3
-        # Two levels: the block's own sum meets the running one here, once.
+        # Two levels: the block's own sum is added to the running sum here, once.
         store(l + c, load(l + c) * load(alpha + c) + ((s0 + s1) + (s2 + s3)))
 
 

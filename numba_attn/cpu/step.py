@@ -86,7 +86,7 @@ def add_terms(task, queries, keys, s):
 
 @outlined
 def slope_calls(call, target, slope, queries, keys):
-    """mod_calls() of score_mod with its derivative; both buffers begin at keys.first."""
+    """mod_calls() for score_mod and its derivative; both buffers begin at keys.first."""
     rows, heads, w, count = queries.rows, queries.heads, queries.width, queries.count
     fn, aux, b = call.score_mod, call.score_aux, queries.batch
     r = 0
@@ -99,9 +99,9 @@ def slope_calls(call, target, slope, queries, keys):
 
 @outlined
 def dropout(call, p, queries, keys):
-    """Weights of dropped pairs become 0, the others are divided by the chance to stay; l is summed already."""
+    """Weights of dropped pairs become 0, the others are divided by their probability to stay. l was summed before."""
     rows, heads, w, count = queries.rows, queries.heads, queries.width, queries.count
-    # The random number of a pair is a function of seed, batch row, head, query and key: no order of work changes it.
+    # The random number of a pair is a function of seed, batch row, head, query and key, whatever the order of work.
     k0, k1 = np.uint64(call.seed) & np.uint64(0xFFFFFFFF), np.uint64(call.seed) >> np.uint64(32)
     scale, b = scalar(p, call.drop_scale), np.uint64(queries.batch)
     for j in range(keys.first, keys.last):
@@ -121,7 +121,7 @@ def raw_scores(task, queries, keys, k, q, s):
     w, n = queries.width, task.call.qk_dim
     score_products(k.at, q, s, keys, w, n)
     if not k.finite or not queries.q_finite:
-        # An infinite feature has no finite answer: its -inf must not pass for a hidden pair.
+        # A score of an infinite feature becomes NaN: -inf would look like a hidden pair.
         for x in range(keys.first * w, keys.last * w):
             s[x] = s[x] + (s[x] - s[x])
 
@@ -138,7 +138,7 @@ def score_block(task, queries, keys, k, q, s, bytes_wanted):
     pairs = visible_pairs(task, queries, keys, bytes_wanted)
     if pairs.seen == NONE:
         return NONE
-    # Products and modifiers over all pairs, hidden ones too: no lane waits for another.
+    # Products and modifiers take all pairs, hidden ones too: all lanes of a vector do the same.
     raw_scores(task, queries, keys, k, q, s)
     if call.use_softcap:
         softcap(s, keys.first * w, keys.last * w, call.softcap_in, call.softcap_out)

@@ -1,4 +1,4 @@
-"""The way in and out of the caller's arrays: any of the four float types, any strides, to rows of the accumulation
+"""Reading and writing the caller's arrays: any of the four float types and any strides, to rows of the accumulation
 type and back.
 
 A tile of queries is stored transposed, lanes innermost. Rows are found through a table of their addresses, one a lane.
@@ -133,7 +133,7 @@ def write_rows(src, factor, addresses, target, rows, queries, n):
     behind = addresses + full_width(src)
     direct = target.storage == storage_of(src) and target.d == itemsize(src)
     if not direct:
-        for r in range(w):  # into row-major scratch first; the targets wait behind it in the table
+        for r in range(w):  # first into row-major scratch; the targets' addresses are behind its own in the table
             behind[r] = addresses[r]
             addresses[r] = address_of(rows + r * n)
     for r in range(0, w, vector):
@@ -176,7 +176,8 @@ def all_finite(p, n):
 
 @outlined
 def key_rows(array, copy, rows, n):
-    """A pointer to rows of n numbers, as accumulation type: where they lie if they lie so, else in copy."""
+    """A pointer to rows of n numbers, as accumulation type: the caller's own if they are stored so, else a copy in
+    `copy`."""
     if array.storage == storage_of(copy) and array.d == itemsize(copy) and array.s == n * itemsize(copy):
         return pointer_like(copy, array.address)
     for j in range(rows):

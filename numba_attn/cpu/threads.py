@@ -79,7 +79,7 @@ def compiled():
 
 
 def usable() -> int:
-    """How many threads a call may use now: numba.get_num_threads(), or 1 in a child whose threads the fork has lost."""
+    """How many threads a call may use now: numba.get_num_threads(), or 1 in a forked child, which has no threads."""
     if numba.config.NUMBA_NUM_THREADS == 1 or (_forked and layer() == "omp"):
         return 1
     compiled()

@@ -1,8 +1,8 @@
 """Short vectors: loads and stores, arithmetic, comparisons and 2**x.
 
 A vector's element type and its number of lanes follow from the pointer that it is loaded from. Where another type is to
-have as many lanes (32-bit bounds beside float64 scores, a byte a lane), an argument `like` says whose lanes are meant:
-a pointer or a vector.
+have as many lanes (32-bit bounds beside float64 scores, a byte a lane), an argument `like`, a pointer or a vector, has
+the number of lanes.
 
 No instruction carries a fast-math flag: an fma is written where one is meant, and NaN and -inf keep their meaning.
 """

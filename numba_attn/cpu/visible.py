@@ -62,7 +62,7 @@ def interval_bytes(visible, w, keys, bounds, like):
 
 @outlined
 def hide(s, visible, w, first, last):
-    """-inf where the byte of visible is 0, whatever stood there."""
+    """-inf where the byte of visible is 0, whatever the score is."""
     for x in range(first * w, last * w, lanes(s)):
         store(s + x, select(load_bits(visible + x, s), load(s + x), splat(s, MINUS_INF)))
 
@@ -110,7 +110,8 @@ def segment_bytes(task, queries, keys, n, visible):
 
 @outlined
 def mod_calls(fn, aux, target, queries, keys):
-    """A user's function over the tile, one call a run of lanes that share a head; target begins at keys.first."""
+    """A user's function over the tile, one call for each run of lanes that share a head; target begins at
+    keys.first."""
     rows, heads, w, count = queries.rows, queries.heads, queries.width, queries.count
     r = 0
     while r < count:
@@ -163,7 +164,7 @@ def visible_pairs(task, queries, keys, bytes_wanted):
     call, scratch = task.call, task.scratch
     first, last, w = keys.first, keys.last, queries.width
     visible, bounds = u8_ptr(at_byte(scratch, call.at_visible)), i32_ptr(at_byte(scratch, call.at_bounds))
-    # Intervals alone: a block inside that of every lane is seen whole, which is the usual case.
+    # Intervals alone: a block inside the interval of every lane is visible as a whole, which is the usual case.
     partial = keys.j0 + first < queries.inner_low or keys.j0 + last > queries.inner_high
     pairwise = call.n_masks + call.n_segments + call.n_mask_mods > 0 or call.bias != 0
     filled = pairwise or (partial and bytes_wanted)
@@ -171,7 +172,7 @@ def visible_pairs(task, queries, keys, bytes_wanted):
         lane_bounds(queries, keys.j0, call.block, bounds)
     if filled:
         interval_bytes(visible, w, keys, bounds, scratch)
-    # Pair by pair: the count of what is left tells whether a block can be skipped, or taken whole.
+    # Pair by pair: the number of visible pairs tells whether a block can be skipped, or needs no mask.
     if pairwise:
         total = pair_bytes(task, queries, keys, visible + first * w)
         if total == 0:
@@ -185,7 +186,7 @@ def hidden_by_score(task, queries, keys, s, pairs):
     """After score_mod: it hides a pair by returning -inf, whose byte is cleared here."""
     call, w = task.call, queries.width
     visible, bounds = u8_ptr(at_byte(task.scratch, call.at_visible)), i32_ptr(at_byte(task.scratch, call.at_bounds))
-    # Look first: a score function that hides nothing costs one pass over the tile.
+    # Search for -inf first: for a score function that hides no pair this is one pass over the tile.
     any_hidden = False
     for x in range(keys.first * w, keys.last * w, lanes(s)):
         any_hidden = any_hidden or any_bit(load(s + x) == splat(s, MINUS_INF))

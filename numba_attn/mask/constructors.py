@@ -18,8 +18,8 @@ from .shape import Align, Shape, bool_pairs, check_align, check_not_negative
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Which query-key pairs attend: a record of parts, made by `causal`, `window`, `lengths`, `varlen`, `segments`,
-    `prefix`, `intervals` and `mask_mod`, and combined with `&`. A pair is visible iff every part says so; none is ever
-    ignored.
+    `prefix`, `intervals` and `mask_mod`, and combined with `&`. A pair is visible iff every part says so. No part is
+    ever ignored.
 
     A bool array (True = attend, broadcastable to (B, Hq, Sq, Sk)) may stand on either side of `&`.
 
@@ -99,8 +99,8 @@ def causal(align: Any = None) -> Mask:
     Parameters
     ----------
     align : "bottom_right", "top_left", int or (B,) ints, optional
-        What the offset is: kv_length - q_length, 0, or the number itself, for each sequence. Without it, the call's
-        align; that may be left out, too, only where both names agree for every sequence.
+        The offset of each sequence: kv_length - q_length, 0, or the number itself. If left out, the align of the call
+        is used. That may be left out too, where both names give the same offset for every sequence.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def window(left: int | None, right: int | None, align: Any = None) -> Mask:
 
 
 def lengths(kv_lengths: Any, q_lengths: Any = None) -> Mask:
-    """Padding: in batch row b only the first kv_lengths[b] keys, and the first q_lengths[b] queries, are there.
+    """Padding: in batch row b only the first kv_lengths[b] keys, and the first q_lengths[b] queries, exist.
 
     Queries past q_lengths[b] give out 0 and lse -inf (a sink does not apply to them). Causal, window and ALiBi with
     ``align="bottom_right"`` count from these lengths, not from the array's.
@@ -244,9 +244,9 @@ def varlen(cu_q: Any, cu_k: Any) -> Mask:
 def segments(q_ids: Any, kv_ids: Any) -> Mask:
     """Positions with equal ids see each other.
 
-    Positions are not counted anew in each segment (with causal that makes no difference where q_ids is kv_ids): for
-    packed sequences of different query and key lengths use `varlen`. Runs of equal ids cost nothing: keys outside are
-    never touched.
+    Positions do not start at 0 in each segment. (With causal that makes no difference where q_ids is kv_ids.) For
+    packed sequences of different query and key lengths use `varlen`. Where all keys with the same id lie side by side,
+    keys outside a query's segment are never read.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ def segments(q_ids: Any, kv_ids: Any) -> Mask:
 
 
 def prefix(n: Any, align: Any = None) -> Mask:
-    """Causal with a prefix that everybody sees (prefix-LM): key j is visible to query i iff j < n or j <= i + offset.
+    """Causal with a prefix that every query sees (prefix-LM): key j is visible to query i iff j < n or j <= i + offset.
 
     Together with `causal` the prefix has no effect: both must say yes.
 

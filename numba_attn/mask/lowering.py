@@ -1,5 +1,5 @@
-"""What the kernels need of a mask: one run of keys [start, end) for each query wherever the parts allow it, so that the
-tiles outside are never touched, and a test of each pair only where they do not."""
+"""What the kernels need of a mask. Wherever the parts allow it, that is one run of keys [start, end) for each query, so
+that tiles outside are never read. Elsewhere each pair is tested."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Lowered:
 
 @lru_cache(maxsize=64)
 def whole_rows(batch: int, q_len: int, kv_len: int, offset: int) -> Array:
-    """One sequence a batch row: what a call without lengths or varlen has. Shared between calls: read it, don't write
+    """One sequence a batch row: what a call without lengths or varlen has. Calls share the array: do not write to
     it."""
     rows = np.zeros((batch, 7), np.int64)
     rows[:, 0] = np.arange(batch)
@@ -81,7 +81,7 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
     start: Array | None = None
     end: Array | None = None
     users: list[tuple[str, Align]] = [("alibi_slopes", align)] if alibi else []
-    indifferent = False  # an open window takes an align and does nothing with it
+    indifferent = False  # an open window accepts an align and does not use it
     for part in parts:
         if isinstance(part, Aligned):
             if isinstance(part, Window) and part.left is None and part.right is None:
@@ -106,7 +106,7 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
         rows[:, 5] = _offset(users, align, rows)
     if prefix_rows is not None:
         prefix_rows = np.minimum(prefix_rows, rows[:, 4])
-        if right == 0 or not prefix_rows.any():  # plain causal says no wherever the prefix would have said yes
+        if right == 0 or not prefix_rows.any():  # causal hides all that only the prefix shows
             right, prefix_rows = 0, None
         else:
             rows[:, 6] = prefix_rows
@@ -163,7 +163,7 @@ def _offset(users: Sequence[tuple[str, Align]], align: Align, rows: Array) -> Ar
     first: tuple[str, Align, Array] | None = None
     asked: list[tuple[str, Align]] = list(users)
     if align is not None and all(a is not align for _, a in users):
-        asked.append(("the call", align))  # unused, but a contradiction must not pass
+        asked.append(("the call", align))  # not used, but it must not differ
     for what, own in asked:
         if own is None:
             unlike = np.flatnonzero(has_pairs & (q_len != k_len))

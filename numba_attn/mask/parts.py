@@ -1,8 +1,8 @@
-"""The parts of a mask: for each a record of what it was given, what it accepts (`check`) and its textbook formula as a
-dense bool array (`visible`).
+"""The parts of a mask. Each is a record of its arguments with the check of these (`check`) and its textbook formula as
+a dense bool array (`visible`).
 
-The reference reads the formulas, and people who want to look. The kernels get what lowering.py makes of the records,
-which shares no arithmetic with the formulas, so that the tests can hold one against the other.
+The reference and `Mask.dense` read the formulas. The kernels read what lowering.py makes of the records. lowering.py
+shares no arithmetic with the formulas, so that the tests can compare the two.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def positions(parts: Sequence[Part], shape: Shape) -> Positions:
 
 
 def dense(parts: Sequence[Part], align: Align, shape: Shape) -> Array:
-    """Every part's formula, and-ed: bool (B, Hq, Sq, Sk), a broadcast view where heads or rows agree."""
+    """The logical and of all formulas: bool (B, Hq, Sq, Sk), a broadcast view where heads or rows agree."""
     at = positions(parts, shape)
     visible: Any = np.ones((1, 1, shape.q_len, shape.kv_len), np.bool_)
     for part in parts:
@@ -343,5 +343,5 @@ def dense(parts: Sequence[Part], align: Align, shape: Shape) -> Array:
 
 
 def with_align(part: Part, align: Align) -> Part:
-    """`part` with the call's align where it takes one and has none of its own."""
+    """`part`, with the call's align if it takes an align and has none."""
     return replace(part, align=align) if isinstance(part, Aligned) and part.align is None else part

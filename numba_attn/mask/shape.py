@@ -97,8 +97,8 @@ def check_range(x: Array, name: str, size: int, axis: str) -> None:
 
 
 def bool_pairs(mask: Any, name: str) -> Array:
-    """`mask` as a base-class bool array. An integer one raises: 0 and 1, and 0 and -10000, have both been used for
-    it."""
+    """`mask` as a base-class bool array. An integer array raises, since two conventions are in use for it, 0 and 1, and
+    0 and -10000."""
     if callable(mask) and not isinstance(mask, np.ndarray):
         raise TypeError(f"{name} is a function; wrap it: mask=numba_attn.mask_mod(fn)")
     if isinstance(mask, (bool, np.bool_, int)):

@@ -1,9 +1,9 @@
 """The arrays of aux inside a user's function, as Numba types: one source for every target.
 
-Where reading an element has to mean more than its number, an array reaches the function as Aux. It is indexed by
+Where a read has to give more than the element's number, the function gets the array as an Aux. It is indexed by
 integers, all of its axes or the first ones, and has shape, size, ndim and len.
 
-An index outside is found out before the read, where somebody asks: the read is then of the first element.
+Some targets and passes detect an index outside the array before the read. They then read the first element.
 """
 
 # Typed by Numba, whose stubs lack most of what is used here.
@@ -22,7 +22,7 @@ from .transcendental import F32, F64, I64
 # The record of a pass, 64-bit cells. "seed": how many reads there were, the number of the one that is asked for, its
 # array, its element. "trace": for each array the element and the bits of its tangent in float64.
 READS, SEED, ARRAY, ELEMENT = range(4)
-UNREAD, SEVERAL, OUTSIDE = -1, -2, -3  # an element there is none of
+UNREAD, SEVERAL, OUTSIDE = -1, -2, -3  # in place of an element: it was not read, or is not one
 
 
 def array_type(dtype, ndim, aligned=False):
@@ -69,12 +69,12 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
             return d.Dual(self.elem) if self.how in ("seed", "dot") else element(self.elem, self.array.dtype)
 
         def rows(self, given):
-            """Its type behind so many indices."""
+            """Its type after so many indices."""
             array, dot = (a and array_type(a.dtype, a.ndim - given, a.aligned) for a in (self.array, self.dot))
             return Aux(self.elem, self.how, self.n, array, dot)
 
     def checked(kind):
-        """Whether `first` is there: the element at the rows' beginning, OUTSIDE if an index was."""
+        """Whether the model has `first`: the first element of the rows, or OUTSIDE if an index was outside."""
         return kind.how != "number" or target.guarded
 
     @target.register_model(Aux)
@@ -133,7 +133,7 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
             inside = builder.and_(inside, within)
             flat = builder.add(builder.mul(flat, n), i)
             indices.append(builder.select(within, i, I64(0)) if check else i)
-        if check:  # once outside, outside in the rows too
+        if check:  # rows of an index outside are outside too
             inside = builder.and_(inside, builder.icmp_signed(">=", aux.first, I64(0)))
             flat = builder.select(inside, flat, I64(OUTSIDE))
         if len(given) < kind.ndim:

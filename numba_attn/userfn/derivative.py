@@ -2,10 +2,10 @@
 
 A dual number is x + sum of d e, with one e for the score and one for each element of aux that was read, and e * e' = 0.
 Arithmetic on it is the chain rule. The user's function runs as it is on such numbers, except that math.tanh(x) takes
-floats alone: so it is rebuilt, with the helpers that it calls, over names that know better.
+floats alone: so it is rebuilt, with the helpers that it calls, with names that stand for functions of dual numbers.
 
-Where there is no derivative there is a convention, which the compiled functions follow too: abs has 0 at 0; min, max
-and where have that of the operand they return; floor, ceil, // and comparisons have 0.
+Where there is no derivative, a convention holds, also for the compiled functions: abs has 0 at 0; min, max and where
+have that of the operand they return; floor, ceil, // and comparisons have 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Dual:
 
     __slots__ = ("partials", "value")
     __array_ufunc__ = None  # so that np.float64 * Dual comes here
-    __hash__ = None  # equal by value, like a float, but never a key
+    __hash__ = None  # equal by value, like a float, but not hashable
 
     def __init__(self, value: Any, partials: Mapping[Key, Any]) -> None:
         self.value = np.float64(value)  # IEEE: 1 / 0 is inf
@@ -227,7 +227,7 @@ def _float(x: Any = 0.0) -> Any:
 
 
 def _twins() -> dict[int, Any]:
-    """The functions that know Duals, by the id of the one that each stands in for."""
+    """The functions that take Duals, by the id of the function that each replaces."""
     twins: dict[int, Any] = {id(where): _where, id(np.where): _where, id(float): _float}
     for name, slope in _SLOPES.items():
         fns = [getattr(math, name)] + ([getattr(np, name)] if hasattr(np, name) else [])
@@ -256,8 +256,8 @@ class _Module:
 
 
 def _rebuilt(x: Any, known: dict[int, Any]) -> Any:
-    """`x`, a function or anything that one refers to, for Duals. `known` holds what was rebuilt before: functions may
-    call each other in circles."""
+    """`x`, a function or anything that one refers to, for Duals. `known` holds what was rebuilt before, since functions
+    may call each other recursively."""
     if id(x) in _TWINS:
         return _TWINS[id(x)]
     if isinstance(x, types.ModuleType):

@@ -5,8 +5,8 @@ derivative along: the user's function is compiled as it stands, once more, for t
 tanh and exp cost their value alone, since the tangent is made from it. A number that is no Dual has the derivative 0,
 and no arithmetic is spent on it.
 
-At a kink: abs'(0) is 0, min and max follow the operand that they return (the first of two equal ones), where follows
-the chosen side alone, comparisons, // and math.floor have the derivative 0.
+Where there is no derivative: abs'(0) is 0, min and max follow the operand that they return (the first of two equal
+ones), where follows the chosen side alone, comparisons, // and math.floor have the derivative 0.
 """
 
 # Typed by Numba, whose stubs lack most of what is used here.
@@ -247,7 +247,8 @@ def _register_functions(target, t, d):
 
     @target.names.inner
     def chain(derivative, tangent):
-        """derivative * tangent, where a tangent of 0 is that of a constant: sqrt'(0) = inf does not make it NaN."""
+        """derivative * tangent. A tangent of 0 belongs to a constant and stays 0, also where the derivative is
+        infinite, as sqrt'(0) is."""
         return choose(tangent == 0, tangent, derivative * tangent)
 
     d.chain = chain

@@ -147,12 +147,12 @@ _BITS: dict[Any, Callable[..., int]] = {
 
 
 class _Types(SimpleNamespace):
-    """The two types of one target, and what meets what."""
+    """The two types of one target, and the type of an operation with operands of different types."""
 
     def __init__(self):
         class Score(types.Type):
-            """A score inside a user's function: a float of the accumulation type; numbers that meet it are rounded to
-            it."""
+            """A score inside a user's function: a float of the accumulation type. Numbers that are combined with it are
+            rounded to that type."""
 
             def __init__(self, elem):
                 self.elem = elem
@@ -184,8 +184,8 @@ class _Types(SimpleNamespace):
         self.real = (Score, Index, types.Integer, types.Float, types.Boolean)
 
     def common(self, args, count):
-        """The type that count real arguments meet in, Score or Index; None if neither is among them, or anything
-        else."""
+        """The common type of `count` real arguments, Score or Index. None if they have neither of the two, or an
+        argument that is not real."""
         Score, Index = self.Score, self.Index
         ours = next((a for a in args if isinstance(a, (Score, Index))), None)
         if ours is None or len(args) != count or not all(isinstance(a, self.real) for a in args):
@@ -286,7 +286,7 @@ def _register_operators(target, t):
             return None
 
 
-# ---------------------------------------------------------------- to and fro, and functions
+# ---------------------------------------------------------------- conversions, and functions
 
 
 def _conversions(target, t):
