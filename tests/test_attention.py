@@ -1,5 +1,5 @@
-"""Every feature against the float64 reference, by one rule: finite first, then no further off than dense arithmetic of
-the same precision in a fixed order of summation (naive.py) allows, with a floor of one rounding.
+"""Every feature against the float64 reference, by one rule: finite first, then each number no further off than its own
+roundings can throw it (bounds.py).
 
 The rule is `check`. It is used on the table of cases, on every kind of stride, on the lengths and numbers that expose a
 running sum, and on problems that hypothesis draws.
@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bounds
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import seeds
+from bounds import within
 from cases import (
     BY_NAME,
     CASES,
@@ -33,7 +35,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import attention as naive
-from naive import resolve, rounding, truth
+from naive import resolve, truth
 
 import numba_attn as na
 
@@ -41,33 +43,16 @@ settings.register_profile("numba_attn", seeds.hypothesis_profile(200))
 settings.load_profile("numba_attn")
 
 
-UNDERFLOW = 1e-36  # weights below 2**-126 are exactly 0: nothing is asked of numbers that small
-
-
-# Scores beyond this leave few weights in a row, and each has the relative error of its score's roundings: one luckily
-# rounded score in the yardstick says nothing of another.
-LARGE = 64.0
-
-
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.full(shape, np.nan, dtype)
 
 
 def check(
-    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
-    options: dict[str, Any],
-    out: np.ndarray | None = None,
-    luck: float = 0.0,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray], options: dict[str, Any], out: np.ndarray | None = None
 ) -> None:
-    """The library's (out, lse) for these arguments, held to the reference; `out`, poisoned, is where it writes.
-
-    In a problem of a few numbers dense NumPy may be exact by luck. `luck` allows so many roundings of the largest
-    score, each of which is a relative error of a weight, whatever the yardstick says.
-    """
+    """The library's (out, lse) for these arguments, held to the reference; `out`, poisoned, is where it writes."""
     q, _, v = arrays
     layout = options.get("layout", "bhsd")
-    if "score_mod" in options:
-        luck = max(luck, 1.0)  # its tanh or exp is not NumPy's: a rounding of the score either way
     if out is None:
         out = poisoned((*q.shape[:-1], v.shape[-1]), q.dtype)
     else:
@@ -77,21 +62,17 @@ def check(
     assert lse.shape == q.shape[:-1]
     assert lse.dtype == (np.float64 if q.dtype == np.float64 else np.float32)
 
+    problem = resolve(*arrays, **options)
+    bound = bounds.forward(problem)
+    size, lse_size = (bounds.Size(*(from_bhsd(x, layout) for x in y)) for y in (bound.out, bound.lse))
     want, want_lse = na.reference.attention(*arrays, **options, return_lse=True)
-    acc = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-    yardstick, yardstick_lse = (from_bhsd(x, layout) for x in naive(acc, *arrays, **options))
-    if q.dtype == np.float64:  # the reference is no better than the kernel: measure both against long double
+    if q.dtype == np.float64:  # the reference is no better than the kernel: both are held to long double
         exact, exact_lse = (from_bhsd(x, layout) for x in truth(*arrays, **options))
-        near(want, exact, yardstick, "the reference's out", 30 * rounding(q.dtype))
-        near(want_lse, exact_lse, yardstick_lse, "the reference's lse", 30 * rounding(q.dtype))
+        within(want, exact, size, "the reference's out", problem.acc)
+        within(want_lse, exact_lse, lse_size, "the reference's lse", problem.acc)
         want, want_lse = exact, exact_lse
-    if largest(yardstick_lse) > LARGE:
-        luck = max(luck, 1.0)
-    eps, unsure = rounding(q.dtype), 0.0
-    if luck:  # the size of the scores is that of the lse, but for a sink that outweighs them
-        unsure = luck * rounding(acc) * (1 + largest(naive(acc, *arrays, **(options | {"sinks": None}))[1]))
-    near(out, want, yardstick.astype(q.dtype), "out", eps + unsure, floor=eps * rms(v))
-    near(lse, want_lse, yardstick_lse, "lse", (1 + luck) * rounding(acc), floor=(4 + luck) * rounding(acc))
+    within(out, want, size, "out", problem.acc)
+    within(lse, want_lse, lse_size, "lse", problem.acc)
 
 
 def from_bhsd(x: np.ndarray, layout: str) -> np.ndarray:
@@ -99,41 +80,6 @@ def from_bhsd(x: np.ndarray, layout: str) -> np.ndarray:
     if layout in ("bshd", "shd"):
         x = x.swapaxes(1, 2)
     return x[(0,) * (4 - len(layout))]
-
-
-def largest(x: np.ndarray) -> float:
-    return float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
-
-
-def rms(x: np.ndarray) -> float:
-    x = x.astype(np.float64)
-    return float(np.sqrt(np.mean(x * x, where=np.isfinite(x)))) if np.isfinite(x).any() else 0.0
-
-
-def near(x: np.ndarray, want: np.ndarray, yardstick: np.ndarray, what: str, eps: float, floor: float = 0.0) -> None:
-    """x is finite where `want` is and equal where it is not. Its largest error is at most four times the yardstick's,
-    `eps` times the largest number and the absolute floor: the largest of many errors of one size is 2.5 to 5 of their
-    standard deviations, so that two such sets differ by up to two, and the kernels round what the yardstick does not,
-    the query's product with scale and log2(e). Where there are many numbers the root mean square error, which luck
-    moves less and which is then far below the floor, is at most three times the yardstick's."""
-    assert x.shape == want.shape, f"{what} has shape {x.shape}, the reference {want.shape}"
-    x, yardstick = x.astype(want.dtype), yardstick.astype(want.dtype)
-    ok = np.isfinite(want)
-    odd = ~ok & (x != want) & ~(np.isnan(x) & np.isnan(want))
-    assert not odd.any(), f"{what}: {odd.sum()} of {np.sum(~ok)} infinities and NaNs are missing, first at {first(odd)}"
-    lost = ok & ~np.isfinite(x)
-    assert not lost.any(), f"{what}: {lost.sum()} elements are not finite, first at {first(lost)}"
-    error, naive_error = (np.abs(np.where(ok, y, 0) - np.where(ok, want, 0)) for y in (x, yardstick))
-    for measure, factor, absolute in ((largest, 4, floor), (rms, 3, 0.0)) if x.size > 64 else ((largest, 4, floor),):
-        allowed = factor * measure(naive_error) + eps * measure(want) + absolute + UNDERFLOW
-        assert measure(error) <= allowed, (
-            f"{what}: {measure.__name__} error {measure(error):.3g}, allowed {allowed:.3g}, the yardstick's is "
-            f"{measure(naive_error):.3g}; the largest is at {first(error == error.max())}"
-        )
-
-
-def first(where: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.argwhere(where)[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -547,7 +493,7 @@ def padding_shape_raises(shape: tuple[int, ...], batch: int, sq: int, sk: int) -
 @given(problems())
 def test_drawn_problem(problem: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -> None:
     (q, k, v), options = problem
-    check((q, k, v), options, luck=2.0)
+    check((q, k, v), options)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([64, 150, 333]), st.integers(1, 6))
@@ -591,21 +537,21 @@ def test_reference_and_dense_numpy_agree(name: str) -> None:
     for got, want in zip(
         naive(np.float64, *arrays, **options), na.reference.attention(*arrays, **options, return_lse=True), strict=True
     ):
-        near(from_bhsd(got, layout), want, want, name, 1e-13)
+        np.testing.assert_allclose(from_bhsd(got, layout), want, rtol=1e-12, atol=1e-13, err_msg=name)
 
 
 def test_the_rule_can_fail() -> None:
     """The bound is tight: a result that is wrong by a few roundings, a forgotten row or a hidden NaN is refused."""
     arrays, options = build(BY_NAME["plain-63x203"])
     want = na.reference.attention(*arrays, **options)
-    yardstick = naive(np.float32, *arrays, **options)[0]
-    eps = rounding(np.dtype(np.float32))
-    near(yardstick, want, yardstick, "out", eps, eps)
+    dense, _ = naive(np.float32, *arrays, **options)
+    size = bounds.forward(resolve(*arrays, **options)).out
+    within(dense, want, size, "out", np.float32)
     last = np.arange(63)[:, None] == 62
     noise = 3e-7 * seeds.generator(0).standard_normal(want.shape)
     for wrong in (want * (1 + 4e-6), np.where(last, np.nan, want), np.where(last, 0, want), want + 2e-6, want + noise):
         with pytest.raises(AssertionError, match="out: "):
-            near(wrong, want, yardstick, "out", eps, eps)
+            within(wrong.astype(np.float32), want, size, "out", np.float32)
 
 
 def test_every_layout_of_one_problem_resolves_alike() -> None:

@@ -2,16 +2,17 @@
 
 from typing import Any
 
+import bounds
 import numpy as np
 import pytest
 import seeds
 from cases import BY_NAME, CASES, DTYPES, Case, build, from_layout, seed_of
+from naive import resolve
+from test_attention import from_bhsd
 from test_nan import PARTIAL
 
 import numba_attn as na
-
-# Of the largest number: a few hundred roundings; in halves the rounding of the result.
-TOLERANCE = {"float64": 2e-13, "float32": 4e-5, "float16": 4e-3, "bfloat16": 3e-2}
+from numba_attn.plan import Problem, bhsd_view
 
 
 def directions(case: Case, arrays: Any, options: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
@@ -29,30 +30,30 @@ def directions(case: Case, arrays: Any, options: dict[str, Any]) -> tuple[list[n
     return dots, more
 
 
-def close(got: np.ndarray, want: np.ndarray, tolerance: float, what: str) -> None:
-    assert got.shape == want.shape
-    got, finite = got.astype(np.float64), np.isfinite(want)
-    assert (np.isfinite(got) == finite).all(), what
-    scale = max(float(np.abs(want[finite]).max(initial=0.0)), 1e-30)
-    error = float(np.abs(got[finite] - want[finite]).max(initial=0.0)) / scale
-    assert error <= tolerance, f"{what}: {error:.2e} of the largest"
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     arrays, options = build(case)
     dots, more = directions(case, arrays, options)
-    (out, lse), (out_dot, lse_dot) = na.attention_jvp(*arrays, *dots, **options, **more, return_lse=True)
-    (want, want_lse), (want_dot, want_lse_dot) = na.reference.attention_jvp(
-        *arrays, *dots, **options, **more, return_lse=True
+    (out, lse), found = na.attention_jvp(*arrays, *dots, **options, **more, return_lse=True)
+    (want, want_lse), right = na.reference.attention_jvp(*arrays, *dots, **options, **more, return_lse=True)
+    assert out.dtype == found[0].dtype == arrays[0].dtype
+    p = resolve(*arrays, **options)
+    bound = bounds.forward(p)
+    sizes = bound.out, bound.lse, *bounds.tangents(p, directions_of(p, dots, more))
+    results = zip(
+        ("out", "lse", "out_dot", "lse_dot"), (out, lse, *found), (want, want_lse, *right), sizes, strict=True
     )
-    assert out.dtype == out_dot.dtype == arrays[0].dtype
-    tolerance = TOLERANCE[case.dtype]
-    acc = 2e-13 if case.dtype == "float64" else 4e-5
-    close(out, want, tolerance, "out")
-    close(out_dot, want_dot, tolerance, "out_dot")
-    close(lse, want_lse, acc, "lse")
-    close(lse_dot, want_lse_dot, acc, "lse_dot")
+    for name, x, y, size in results:
+        size = bounds.Size(*(from_bhsd(part, case.layout) for part in size))
+        bounds.within(x, y, size, name, p.acc, 2 if p.acc is np.float64 else 1)
+
+
+def directions_of(p: Problem, dots: list[np.ndarray], more: dict[str, Any]) -> bounds.Dots:
+    bias = more.get("bias_dot")
+    if bias is not None:
+        bias = np.broadcast_to(bias, (p.batch, p.q_heads, p.q_len, p.kv_len))
+    q, k, v = (bhsd_view(x, p.layout) for x in dots)
+    return bounds.Dots(q, k, v, bias, more.get("sinks_dot"), more.get("alibi_slopes_dot"), more.get("aux_dot"))
 
 
 @pytest.mark.parametrize("name", ["everything", "gqa-4", "dv-larger", "lengths-both", "varlen", "layout-shd", "dv-one"])

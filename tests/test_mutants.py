@@ -52,6 +52,18 @@ MUTANTS = {
         "exp2(y))\n            ds = select(x == hidden, zero, p * (load(dp + at) - delta",
         "test_backward.py::test_weights_stay_weights[100000000.0]",
     ),
+    "lse-in-float32": Mutant(
+        "forward.py",
+        "value = np.float64(m[r]) * LN2 + math.log(np.float64(l[r]))",
+        "value = m[r] * scalar(m, LN2) + math.log(l[r])",
+        "test_backward.py::test_saturated_rows_lose_no_more_than_the_rounding_of_lse",
+    ),
+    "log-sum-in-float32": Mutant(
+        "delta.py",
+        "scalar(x, np.float64(lse) * LOG2E)",
+        "lse * scalar(x, LOG2E)",
+        "test_backward.py::test_saturated_rows_lose_no_more_than_the_rounding_of_lse",
+    ),
     "delta-without-dlse": Mutant(
         "delta.py", "if call.dlse:", "if call.dlse < 0:", "test_backward.py::test_dlse_of_any_dtype[float32]"
     ),
