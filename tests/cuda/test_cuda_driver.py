@@ -10,7 +10,7 @@ import pytest
 from child import run_python
 from fake_bindings import OWN, FakeBindings, fake_device
 
-from numba_attn.cuda.host import driver
+from numba_attn.cuda.host import driver, handles
 
 try:
     from numba_attn.cuda import compile as cuda_compile
@@ -261,6 +261,16 @@ def test_errors_of_memory():
     cu.fails = {"cuMemFreeAsync": 1}
     device.empty(5, 0)  # dies at once, and nobody hears of the error
     assert "cuMemFreeAsync" in cu.names()
+
+
+def test_what_dies_at_exit(monkeypatch):
+    """When the names of its module are None already."""
+    device, cu = fake_device()
+    memory, mark = device.empty(8, 0), device.mark(0)
+    monkeypatch.setattr(handles, "contextlib", None)
+    cu.names()
+    del memory, mark
+    assert {"cuMemFreeAsync", "cuEventDestroy"} <= set(cu.names())
 
 
 def test_upload():
