@@ -1,7 +1,8 @@
 """Where the numbers of the tests come from: one generator a test, by a seed that the test names.
 
-NUMBA_ATTN_TEST_SEED, an int, moves every seed of the suite at once, those of hypothesis too: bounds have to hold for
-numbers that nobody has looked at. 0, or nothing, gives the numbers that the tests were written with.
+NUMBA_ATTN_TEST_SEED, an int, moves every seed of the suite at once, those of hypothesis and of child processes too:
+bounds have to hold for numbers that nobody has looked at. 0, or nothing, gives the numbers that the tests were written
+with.
 """
 
 from __future__ import annotations
