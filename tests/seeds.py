@@ -1,15 +1,20 @@
 """Where the numbers of the tests come from: one generator a test, by a seed that the test names.
 
-NUMBA_ATTN_TEST_SEED, an int, moves every seed of the suite at once, those of hypothesis too: bounds have to hold for
-numbers that nobody has looked at. 0, or nothing, gives the numbers that the tests were written with.
+NUMBA_ATTN_TEST_SEED, an int, moves every seed of the suite at once, those of hypothesis and of child processes too:
+bounds have to hold for numbers that nobody has looked at. 0, or nothing, gives the numbers that the tests were written
+with.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import hypothesis.core
 import numpy as np
-from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from hypothesis import settings
 
 SHIFT = int(os.environ.get("NUMBA_ATTN_TEST_SEED") or 0)
 _STEP = 1_000_003  # seeds of tests are small: shifted ones do not meet them
@@ -25,6 +30,9 @@ def generator(seed: int | Sequence[int]) -> np.random.Generator:
 
 def hypothesis_profile(examples: int) -> settings:
     """Settings whose examples are the same in every run with the same NUMBA_ATTN_TEST_SEED."""
+    import hypothesis.core  # here, so that a child process that draws its numbers imports no more than NumPy
+    from hypothesis import HealthCheck, settings
+
     if SHIFT:
         hypothesis.core.global_force_seed = SHIFT
     return settings(

@@ -35,9 +35,10 @@ def lines_of(function: Function) -> int:
 
 
 def parameters_of(function: Function) -> int:
+    """Without self, and of a user's function without the score and the indices, which the library calls it with."""
     a = function.args
-    named = [*a.posonlyargs, *a.args, *a.kwonlyargs]
-    return len([p for p in named if p.arg not in ("self", "cls")])
+    named = [p.arg for p in [*a.posonlyargs, *a.args, *a.kwonlyargs] if p.arg not in ("self", "cls")]
+    return len(named) - 5 if named[:5] == ["s", "b", "h", "i", "j"] else len(named)
 
 
 def measure(folder: str) -> dict[str, list[Large]]:

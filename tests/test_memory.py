@@ -195,7 +195,7 @@ def test_key_indices_beyond_two_to_the_31(tmp_path: Path) -> None:
 # ---- peak memory ----
 
 PEAK = """
-import sys, numpy as np, numba_attn as na, ml_dtypes
+import sys, numpy as np, numba_attn as na, ml_dtypes, seeds
 def status(name):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
@@ -224,7 +224,7 @@ def peak_growth(problem: str) -> float:
 
 TOKENS = """
 n = {n}
-q, k, v = (np.random.default_rng(i).standard_normal((1, 1, n, 64), dtype=np.float32) for i in range(3))
+q, k, v = (seeds.generator(i).standard_normal((1, 1, n, 64), dtype=np.float32) for i in range(3))
 out = np.empty_like(q)
 def small(): na.attention(q[:, :, :99], k[:, :, :99], v[:, :, :99], causal=True)
 def call(): na.attention(q, k, v, causal=True, out=out)
@@ -245,7 +245,7 @@ def test_peak_memory_65536_tokens() -> None:
 
 # K and V of 256 MB in float32: a copy of the whole of one of them shows.
 BIG = """
-rng = np.random.default_rng(0)
+rng = seeds.generator(0)
 n = 524_288
 def fill(rows, dim, dtype):
     return np.resize(rng.standard_normal((1 << 16) + 7).astype(dtype), (1, 1, rows, dim))
@@ -275,7 +275,7 @@ def test_keys_are_read_in_place(view: str, dtype: str, dk: int) -> None:
 
 
 BROADCAST = """
-rng = np.random.default_rng(0)
+rng = seeds.generator(0)
 q, k, v = (rng.standard_normal((1, 4, 1024, 64), dtype=np.float32) for _ in range(3))
 k, v = (np.broadcast_to(np.tile(x[:, :1], (1, 1, 32, 1)), (1, 4, 32768, 64)) for x in (k, v))
 out = np.empty_like(q)
@@ -305,8 +305,8 @@ def test_options_are_never_dense(options: str, small: str) -> None:
 def test_memory_is_given_back() -> None:
     """Scratch does not pile up from call to call, shape to shape."""
     done = run_python("""
-import resource, numpy as np, numba_attn as na
-rng = np.random.default_rng(0)
+import resource, numpy as np, numba_attn as na, seeds
+rng = seeds.generator(0)
 q, k, v = (rng.standard_normal((1, 2, 700, 64), dtype=np.float32) for _ in range(3))
 def rss():
     with open("/proc/self/status") as f:

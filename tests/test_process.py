@@ -29,7 +29,8 @@ CALLS = """
 import os, sys, warnings
 import numpy as np
 import numba_attn as na
-rng = np.random.default_rng(0)
+import seeds
+rng = seeds.generator(0)
 BIG = [rng.standard_normal((2, 4, 700, 64), dtype=np.float32) for _ in range(3)]
 SMALL = [rng.standard_normal((1, 1, 17, 40)) for _ in range(3)]
 BIG_WANT, SMALL_WANT = na.reference.attention(*BIG, causal=True), na.reference.attention(*SMALL)
@@ -257,7 +258,8 @@ os.chdir(folder)
 os.rmdir(folder)
 import numpy as np
 import numba_attn as na
-q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
+import seeds
+q, k, v = seeds.generator(0).standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
 def damped(score, b, h, i, j):
     return score * 0.5
 def near(b, h, i, j):
@@ -333,12 +335,12 @@ def test_an_unknown_row_is_refused() -> None:
 ONE_CALL = """
 import sys, warnings
 import numpy as np
+import seeds
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import numba_attn as na
     from numba_attn.cpu.compile import LOG
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
+    q, k, v = seeds.generator(0).standard_normal((3, 1, 2, 33, 16), dtype=np.float32)
     out = na.attention(q, k, v)
     na.attention(q[:, :, :20], k, v)
     if "--right" in sys.argv:
@@ -551,10 +553,11 @@ tempfile.TemporaryFile = refuse
 import warnings
 import numpy as np
 import numba_attn as na
+import seeds
 from numba_attn.cpu.compile import LOG
 warnings.simplefilter("error")
 for dtype in ("float32", "float16"):
-    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 512, 64)).astype(dtype)
+    q, k, v = seeds.generator(0).standard_normal((3, 1, 8, 512, 64)).astype(dtype)
     out, pullback = na.attention_vjp(q, k, v, causal=True)
     pullback(out)
     na.attention_jvp(q, k, v, q, None, None, softcap=2.0)
@@ -570,8 +573,9 @@ def test_kernels_compiled_in_two_processes_load_into_one(tmp_path: Path) -> None
 import sys
 import numpy as np
 import numba_attn as na
+import seeds
 for dtype in sys.argv[1:]:
-    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 100, 16)).astype(dtype)
+    q, k, v = seeds.generator(0).standard_normal((3, 1, 2, 100, 16)).astype(dtype)
     assert np.abs(na.attention(q, k, v) - na.reference.attention(q, k, v)).max() < 1e-5
 from numba_attn.cpu.compile import LOG
 print({how for _, _, how in LOG})

@@ -4,6 +4,8 @@ Philox paper."""
 
 import doctest
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -25,9 +27,21 @@ def data(seed=0, batch=2, heads=(4, 2), q_len=5, kv_len=7, dims=(3, 6)):
     return q, k, v
 
 
-def by_loops(
-    q, k, v, *, scale=None, softcap=None, bias=None, slopes=None, offset=0, sinks=None, visible=None, mod=None
-):
+@dataclass
+class PairOptions:
+    """Options of attention as the loops read them: a number, or an array with an element for each pair, head or row."""
+
+    visible: np.ndarray  # (B, Hq, Sq, Sk)
+    scale: float | None = None
+    softcap: float | None = None
+    bias: np.ndarray | None = None  # (B, Hq, Sq, Sk)
+    slopes: np.ndarray | None = None  # (Hq,), of ALiBi
+    offset: int = 0
+    sinks: np.ndarray | None = None  # (Hq,)
+    mod: Callable[..., float] | None = None
+
+
+def by_loops(q, k, v, given):
     """One pair at a time, in exact sums of Python floats: no array, no matrix product, no maximum subtracted."""
     batch, heads, q_len, dk = q.shape
     kv_len, group = k.shape[2], heads // k.shape[1]
@@ -35,20 +49,20 @@ def by_loops(
     for b, h, i in np.ndindex(batch, heads, q_len):
         weight = {}
         for j in range(kv_len):
-            if visible is not None and not visible[b, h, i, j]:
+            if not given.visible[b, h, i, j]:
                 continue
             s = math.fsum(float(x) * float(y) for x, y in zip(q[b, h, i], k[b, h // group, j], strict=True))
-            s *= 1 / math.sqrt(dk) if scale is None else scale
-            if softcap is not None:
-                s = softcap * math.tanh(s / softcap)
-            if bias is not None:
-                s += float(bias[b, h, i, j])
-            if slopes is not None:
-                s -= float(slopes[h]) * abs(i + offset - j)
-            if mod is not None:
-                s = mod(s, b, h, i, j)
+            s *= 1 / math.sqrt(dk) if given.scale is None else given.scale
+            if given.softcap is not None:
+                s = given.softcap * math.tanh(s / given.softcap)
+            if given.bias is not None:
+                s += float(given.bias[b, h, i, j])
+            if given.slopes is not None:
+                s -= float(given.slopes[h]) * abs(i + given.offset - j)
+            if given.mod is not None:
+                s = given.mod(s, b, h, i, j)
             weight[j] = math.exp(s)
-        total = math.fsum([*weight.values(), math.exp(float(sinks[h])) if sinks is not None else 0.0])
+        total = math.fsum([*weight.values(), math.exp(float(given.sinks[h])) if given.sinks is not None else 0.0])
         if total > 0:
             lse[b, h, i] = math.log(total)
         for j, w in weight.items():
@@ -139,7 +153,7 @@ def test_against_loops(name):
         both[name][1]["mod"] = mod
     options, loops = both[name]
     visible = np.broadcast_to(loops.pop("visible", True), (2, 4, 5, 7))
-    close(attention(q, k, v, **options, return_lse=True), by_loops(q, k, v, visible=visible, **loops))
+    close(attention(q, k, v, **options, return_lse=True), by_loops(q, k, v, PairOptions(visible, **loops)))
 
 
 def test_against_scipy():

@@ -126,9 +126,9 @@ def block_products(elem):
         score_products(ptr(k), ptr(q), ptr(s), keys, w, n)
 
     @njit
-    def values(v, p, visible, masked, o, alpha, keys, w, n):
-        seen = products.Seen(u8_ptr(visible), masked)
-        value_products(ptr(v), ptr(p), seen, ptr(o), ptr(alpha), keys, w, n)
+    def values(v, p, seen, o, alpha, keys, w, n):
+        visible, masked = seen
+        value_products(ptr(v), ptr(p), products.Seen(u8_ptr(visible), masked), ptr(o), ptr(alpha), keys, w, n)
 
     return scores, values
 
@@ -158,7 +158,8 @@ def test_block_products(elem, vectors_wide, n):
         finite = v.copy()
         if masked:  # a NaN that only hidden pairs meet is left out
             v[10], p[10], visible[10], finite[10] = np.nan, 0, 0, 0
-        values(*(x.ctypes.data for x in (v, p, visible)), masked, got.ctypes.data, alpha.ctypes.data, keys, w, n)
+        seen = visible.ctypes.data, masked
+        values(v.ctypes.data, p.ctypes.data, seen, got.ctypes.data, alpha.ctypes.data, keys, w, n)
         want = o * alpha.astype(np.float64) + finite[first:].T.astype(np.float64) @ p[first:]
         np.testing.assert_allclose(got, want, rtol=0, atol=40 * np.finfo(dtype).eps * (last - first))
 

@@ -5,8 +5,8 @@
     python tests/cuda/ladder.py --docs               # the tables of docs/cuda.md, from resources.json, into that page
     python tests/cuda/ladder.py sm_80,sm_90 "forward f16 64"    # measure and print
 
-A kernel has a name, "forward f16 64": what it computes, dtype, head size, and after them what it was compiled with
-besides. It is measured with the tile that a device with the target's shared memory gets. Nothing here is a timing.
+A kernel has a name, "forward f16 64": what it computes, dtype, head size, then what else it was compiled with. It is
+measured with the tile that a device with the target's shared memory gets. Nothing here is a timing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
 import sass
-from sass import CC, TARGETS
+from multiprocessor import PARTITIONS, issue_bound, occupancy
+from ptxas import CC, TARGETS, assemble, summary
 
 STORED = Path(__file__).with_name("resources.json")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
@@ -267,11 +268,10 @@ COLUMNS = (
 def measure(kernel: Kernel, cc: CC, ptx: str) -> dict[str, Any]:
     """A row of the table: static counts over the kernel; of the main loop the share of useful instructions, products
     (useful operations counted, over those that the tile needs: 1, or the trips are wrong), and for one warp and trip
-    the clocks of each resource (sass.issue_bound) and those of the useful operations."""
-    b, r = built(kernel, cc), sass.assemble(ptx, cc)
+    the clocks of each resource (issue_bound) and those of the useful operations."""
+    b, r, figures = built(kernel, cc), assemble(ptx, cc), summary(ptx, cc)
     assert b is not None
-    figures = sass.summary(ptx, cc)
-    room = sass.occupancy(r.registers, b.threads, b.shared + r.shared, cc)
+    room = occupancy(r.registers, b.threads, b.shared + r.shared, cc)
     row: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
     row |= {name: int(figures[name]) for name in COLUMNS if name in figures}
     row |= {
@@ -291,7 +291,7 @@ def measure(kernel: Kernel, cc: CC, ptx: str) -> dict[str, Any]:
         return row
     counts, one = trip(b.t, loop, n)
     useful = r.program.useful
-    bound = sass.issue_bound(counts, cc, useful=useful, products=n * one, global_bytes=tile_bytes(b.t) * 32 / b.threads)
+    bound = issue_bound(counts, cc, useful=useful, products=n * one, global_bytes=tile_bytes(b.t) * 32 / b.threads)
     row |= {
         "useful": useful,
         "share": round(sass.amount(counts, useful) / sum(counts.values()), 3),
@@ -440,7 +440,7 @@ def bound(row: dict[str, Any], found: dict[str, Any]) -> tuple[float, float, str
     `profile`, which knows that lanes share an address, as the widths of the machine code's accesses do not; these know
     what ptxas left of the PTX's accesses."""
     clocks = {name: row[f"{name}_clocks"] for name in CYCLES}
-    clocks["shared"] = sass.PARTITIONS * wavefronts_of(row, found)
+    clocks["shared"] = PARTITIONS * wavefronts_of(row, found)
     limit = max(clocks, key=lambda name: clocks[name])
     apart = [n for name, n in clocks.items() if name not in ("issue", "fp32", "imad")]
     total = sum(apart) + max(clocks["fp32"], clocks["imad"])
@@ -449,7 +449,7 @@ def bound(row: dict[str, Any], found: dict[str, Any]) -> tuple[float, float, str
 
 def wavefronts_of(row: dict[str, Any], found: dict[str, Any]) -> float:
     """Of shared memory, for a warp and a tile of the main loop."""
-    return float(min(row["shared_clocks"] / sass.PARTITIONS, sum(took for took, _ in found["loop"].values())))
+    return float(min(row["shared_clocks"] / PARTITIONS, sum(took for took, _ in found["loop"].values())))
 
 
 def traffic(kernel: Kernel, row: dict[str, Any], found: dict[str, Any]) -> str:

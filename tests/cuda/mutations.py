@@ -1,6 +1,6 @@
 """Bugs put into a kernel's PTX on purpose: what the tests do not notice, they do not check.
 
-    mutants = draw(ptx, np.random.default_rng(0), 200)
+    mutants = draw(ptx, seeds.generator(0), 200)
     report = survivors({"ragged": run_ragged, "causal": run_causal}, ptx, mutants)
     print(report)                          # found by numbers, races, bounds, ... for each kind
     for outcome in report.survived:

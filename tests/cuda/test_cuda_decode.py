@@ -15,8 +15,9 @@ import seeds
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
 import emulator
+import multiprocessor
 import mutations
-import sass
+import ptxas
 import test_attention
 from cases import DTYPES, Case, bias, bool_mask, build, everything, given, lengths, sinks, slopes, varlen
 
@@ -28,7 +29,7 @@ from numba_attn.cuda.host import call, driver
 from numba_attn.cuda.scores import Features, signature
 from numba_attn.cuda.tiling import choose
 
-needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+needs_ptxas = pytest.mark.skipif(ptxas.missing() is not None, reason=str(ptxas.missing()))
 
 KV = decode.KEYS
 LENGTHS = [0, 1, 63, 1000, 5000]
@@ -303,7 +304,7 @@ def both_kernels(dtype: str, dim: int, rows: int, cc: tuple[int, int]) -> Iterat
         ("merge", decode.build_merge(t, f), decode.THREADS, decode.memory_merge(t)["size"]),
     ):
         ptx, _ = numba_cuda.compile_ptx(kernel, signature(f.fields), cc=cc, launch_bounds=threads)
-        yield name, sass.assemble(ptx, cc), threads, shared
+        yield name, ptxas.assemble(ptx, cc), threads, shared
 
 
 @needs_ptxas
@@ -315,7 +316,7 @@ def both_kernels(dtype: str, dim: int, rows: int, cc: tuple[int, int]) -> Iterat
 def test_no_spills_and_enough_in_flight(dtype: str, dim: int, rows: int, cc: tuple[int, int]) -> None:
     for name, made, threads, shared in both_kernels(dtype, dim, rows, cc):
         assert made.spill_stores == made.spill_loads == made.stack == 0, name
-        blocks = sass.occupancy(made.registers, threads, shared, cc).blocks
+        blocks = multiprocessor.occupancy(made.registers, threads, shared, cc).blocks
         if name == "part":  # a tile of K or of V: docs at the top of decode.py
             assert blocks * 16 * 1024 >= (32 if dtype == "float16" or cc != (8, 6) else 16) * 1024
         else:

@@ -16,7 +16,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 import emulator
 import numba
-import sass
+import ptxas
 import test_dual
 from test_dual import CASES, LONG, MORE, SMALL
 
@@ -415,7 +415,7 @@ def test_beside_the_cpu() -> None:
         np.testing.assert_allclose(slopes[lanes], cpu_slopes[lanes], rtol=1e-13)
 
 
-@pytest.mark.parametrize("cc", sass.TARGETS, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+@pytest.mark.parametrize("cc", ptxas.TARGETS, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
 def test_every_target(cc: tuple[int, int]) -> None:
     """Inlined, in registers, without a float64, and differences of indices are 32-bit numbers."""
     for fn, aux in (CASES["alibi"], CASES["softcap"], CASES["t5"]):

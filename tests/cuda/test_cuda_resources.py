@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
 import ladder
-import sass
+import ptxas
 from ladder import Kernel
 
-needs_ptxas = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+needs_ptxas = pytest.mark.skipif(ptxas.missing() is not None, reason=str(ptxas.missing()))
 TABLE = ladder.stored()
 ROWS = [(target, name) for target, rows in TABLE.items() for name in rows]
 TILES = ("forward", "decode", "queries", "keys", "bias", "aux")

@@ -17,7 +17,7 @@ import seeds
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install numba-attn[cuda13]")
 
 import emulator
-import sass
+import ptxas
 import test_backward
 from cases import BY_NAME, DTYPES, build, table_by_distance
 from defaults import cuda_by_default
@@ -306,7 +306,7 @@ def test_no_memory_for_every_pair(cuda: emulator.EmulatedDevice, monkeypatch: py
 TILES = [("f16", 64), ("f32", 64), ("f64", 64), ("f16", 128), ("f32", 128), ("f64", 128), ("f16", 256), ("f32", 256)]
 
 
-@pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+@pytest.mark.skipif(ptxas.missing() is not None, reason=str(ptxas.missing()))
 @pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
 @pytest.mark.parametrize(
     "storage, d", [pytest.param(s, d, marks=pytest.mark.ladder if (s, d) != ("f16", 64) else ()) for s, d in TILES]
@@ -314,7 +314,7 @@ TILES = [("f16", 64), ("f32", 64), ("f64", 64), ("f16", 128), ("f32", 128), ("f6
 def test_nothing_is_spilled(storage: str, d: int, cc: tuple[int, int]) -> None:
     def spilled(build: Any, t: tiling.Tiling, f: scores.Features, *more: Any) -> int:
         bounds = loading.bounds(build, t, t.threads)
-        r = sass.assemble(kernel_ptx(lambda: build(t, f, *more), scores.signature(f.fields), cc, bounds, None), cc)
+        r = ptxas.assemble(kernel_ptx(lambda: build(t, f, *more), scores.signature(f.fields), cc, bounds, None), cc)
         return r.spill_stores + r.spill_loads + r.stack
 
     t = tiling.choose("sums", storage, d, d, sums.memory_bias, emulator.SHARED[cc], cc=cc)

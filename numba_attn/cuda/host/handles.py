@@ -31,9 +31,9 @@ class Memory:
         # Used by streams that are not known here, or whose own is gone by then: wait for the device before it is freed.
         self.settle = False
 
-    def __del__(self) -> None:
-        # At exit, in a forked child and after an error of the device there is nothing to free, and nobody to tell.
-        with contextlib.suppress(Exception):
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:  # bound here: at exit the module's names are None
+        # Then, in a forked child and after an error of the device there is nothing to free, and nobody to tell.
+        with suppress(Exception):
             self.device.free(self)
 
 
@@ -45,6 +45,6 @@ class Mark:
     def __init__(self, device: Any, event: Any) -> None:
         self.device, self.event = device, event
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # as for Memory
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        with suppress(Exception):  # as for Memory
             self.device.forget(self)

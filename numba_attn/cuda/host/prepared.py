@@ -38,8 +38,8 @@ class Prepared:
         for x in self.keep:
             x.stream = device.own
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # as for driver.Memory
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        with suppress(Exception):  # as for driver.Memory
             for mark in self.used.values():
                 self.device.after(self.device.own, mark)
 
