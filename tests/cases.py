@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import seeds
-from case_options import (  # noqa: F401, others import dilated from here
+from case_options import (
     DTYPES,
     Options,
     alibi_by_hand,
@@ -23,7 +23,6 @@ from case_options import (  # noqa: F401, others import dilated from here
     both,
     cap_30,
     checkerboard,
-    dilated,
     dilated_causal,
     documents,
     everything,

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("attention", "backward", "jvp", "modifiers", "dual", "simd")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("attention", "backward", "central_differences", "jvp", "modifiers", "dual", "simd")
+]
 
 # What a kernel of OpenBLAS needs of the CPU, by the names of /proc/cpuinfo.
 BLAS = {

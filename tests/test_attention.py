@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import seeds
 from bounds import within
+from case_options import dilated
 from cases import (
     BY_NAME,
     CASES,
@@ -24,7 +25,6 @@ from cases import (
     build,
     cap_30,
     checkerboard,
-    dilated,
     dilated_causal,
     draw,
     from_layout,

@@ -66,7 +66,6 @@ DRAWS = re.compile(r"\b(?:default_rng|RandomState|Random)\(|\brandom\.seed\(|\bf
 OTHER_DRAWS = {
     "tests/seeds.py": (2, "what moves them"),
     "tests/ptx/launching.py": (1, "the order of warps by the emulator's option, which a test walks"),
-    "tests/test_backward.py": (3, "to be moved"),
 }
 
 
