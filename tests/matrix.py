@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [
+NAMES = ("attention", "backward", "central_differences", "jvp", "modifiers", "dual", "simd")
+TESTS = [f"tests/test_{name}.py" for name in NAMES]
     f"tests/test_{name}.py"
     for name in ("attention", "backward", "central_differences", "jvp", "modifiers", "dual", "simd")
 ]
