@@ -21,9 +21,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("attention", "backward", "central_differences", "jvp", "modifiers", "dual", "simd")
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
-    f"tests/test_{name}.py"
-    for name in ("attention", "backward", "central_differences", "jvp", "modifiers", "dual", "simd")
-]
 
 # What a kernel of OpenBLAS needs of the CPU, by the names of /proc/cpuinfo.
 BLAS = {
