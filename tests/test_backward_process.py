@@ -60,7 +60,7 @@ def test_no_byte_outside_the_arrays(edge: str, form: str) -> None:
 
     wrong, first_one, total = [], 0, len(guard_cases())
     while first_one < total and len(wrong) < 5:
-        code = "import sys, test_backward as t; t.guarded_sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+        code = "import sys, test_backward_process as t; t.guarded_sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
         done = run_python(code, edge, form, str(first_one), check=False)
         lines = done.stdout.splitlines()
         wrong += [line for line in lines if line.startswith("differs")]
