@@ -79,16 +79,15 @@ def threads() -> None:
 def overhead() -> None:
     """A 16 x 16 call of 8 heads, split into Python, dispatch and kernel."""
     from numba_attn import dispatch
-    from numba_attn.cpu.launch import forward as launch
+    from numba_attn.cpu.launch import forward
 
     q, k, v = arrays(8, 16, 64)
-    dispatch._LAUNCHES.clear()
     na.attention(q, k, v, causal=True)
-    plain = next(iter(dispatch._LAUNCHES.values()))  # the launch of this very call
-    kernel, drain = launch.entry(np.dtype(np.float32)), launch.drain_address("f32")
-    numbers = launch.N_FIELDS + launch.CALL_EXTRA + plain.schedule.fields["scratch"] // 8
-    out, call = np.empty_like(q), np.empty(numbers, np.int64)
-    no_lse = launch._NO_LSE["f32"]
+    launch, record = dispatch.bind(q, k, v, {"causal": True}, stacklevel=2).forward  # of this very call
+    assert launch is not None and record is not None
+    kernel, drain = launch.kernel, launch.drain
+    out, call = np.empty_like(q), np.empty(forward.N_FIELDS + forward.CALL_EXTRA + launch.scratch // 8, np.int64)
+    no_lse = forward._NO_LSE["f32"]
 
     def repeat(f: Callable[[], object]) -> None:
         for _ in range(100):
@@ -96,8 +95,8 @@ def overhead() -> None:
 
     calls = {
         "whole call": lambda: na.attention(q, k, v, causal=True),
-        "dispatch and kernel": lambda: kernel(q, k, v, out, no_lse, plain.record.numbers, call, drain),
-        "dispatch": lambda: kernel(q, k, v, out, no_lse, plain.record.numbers, call, 0),
+        "dispatch and kernel": lambda: kernel(q, k, v, out, no_lse, record.numbers, call, drain),
+        "dispatch": lambda: kernel(q, k, v, out, no_lse, record.numbers, call, 0),
     }
     times = alternating({name: lambda f=f: repeat(f) for name, f in calls.items()})
     us = {name: 1e4 * t for name, t in times.items()}

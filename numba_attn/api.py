@@ -91,12 +91,14 @@ def attention(
     """
     if options:
         check_names(options, attention)
+    return_lse = dispatch.check_bool(return_lse, "return_lse")
     if dispatch.on_gpu(q, k, v, options):
         from .cuda.host import on_device
 
-        out, lse = on_device.attention(q, k, v, options, dispatch.check_bool(return_lse, "return_lse"))
+        out, lse = on_device.attention(q, k, v, options, return_lse)
     else:
-        out, lse = dispatch.forward(q, k, v, return_lse, options)
+        bound = dispatch.bind(q, k, v, options, stacklevel=3)
+        out, lse = dispatch.forward(bound, q, k, v, return_lse, options)
     return (out, lse) if return_lse else out
 
 
@@ -191,9 +193,10 @@ def attention_vjp(
 
         out, lse, kept = on_device.attention_vjp(q, k, v, options, aux_grad, return_lse)
     else:
-        problem = plan.resolve(q, k, v, **dispatch.semantic(options))
+        bound = dispatch.bind(q, k, v, options, stacklevel=3)
+        problem = bound.plan.problem(q, k, v, options)
         check_aux_grad(aux_grad, problem.aux)
-        out, lse = dispatch.forward(q, k, v, True, options, problem)
+        out, lse = dispatch.forward(bound, q, k, v, True, options, problem)
         kept = plan.bhsd_view(out.copy(), problem.layout), plan.bhsd_view(lse.copy(), problem.layout)
     pullback = Pullback((q, k, v), options, tuple(aux_grad), problem, kept)
     return ((out, lse) if return_lse else out), pullback
@@ -253,11 +256,11 @@ def attention_backward(
         from .cuda.host import on_device
 
         return on_device.attention_backward(dout, (q, k, v), (out, lse), dlse, options, aux_grad)
-    on = dispatch.host_backend(options, stacklevel=3)
-    problem = plan.resolve(q, k, v, **dispatch.semantic(options))
+    bound = dispatch.bind(q, k, v, options, stacklevel=3)
+    problem = bound.plan.problem(q, k, v, options)
     asked = check_aux_grad(aux_grad, problem.aux)
     given = Backward(*check_results(problem, out, lse), *check_cotangents(problem, dout, dlse), asked)
-    return dispatch.backward(problem, (q, k, v), options, given, on)
+    return dispatch.backward(problem, (q, k, v), options, given, bound.on)
 
 
 @overload
@@ -351,7 +354,7 @@ def attention_jvp(
     if dispatch.check_backend(options) == "cuda":
         raise ValueError("backend is 'cuda', but attention_jvp runs on the CPU only; it takes 'auto' or 'cpu'")
     return_lse = dispatch.check_bool(return_lse, "return_lse")
-    problem = plan.resolve(q, k, v, **dispatch.semantic(options))
+    problem = dispatch.bind(q, k, v, options, stacklevel=3).plan.problem(q, k, v, options)
     views: list[Array | None] = []
     for x, of, name in ((q_dot, q, "q"), (k_dot, k, "k"), (v_dot, v, "v")):
         tangent = check_tangent(x, of, name)

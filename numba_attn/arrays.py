@@ -147,13 +147,13 @@ def real(x: Any, name: str, takes: str) -> float:
 
 def exact(key: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """key with settings and their types, since True == 1 == 1.0 while the checks tell them apart; None for one that is
-    no plain number."""
+    no plain value."""
     for x in settings:
         if type(x) is tuple:
             key = exact((*key, len(x)), x) or ()
             if not key:
                 return None
-        elif x is None or type(x) in (bool, int, float, str):
+        elif x is None or type(x) in (bool, int, float, str) or isinstance(x, (np.bool_, np.number)):
             key = (*key, type(x), x)
         else:
             return None

@@ -16,7 +16,7 @@ def _warn(what: str) -> None:
     warnings.warn(
         f"numba_attn: NUMBA_DISABLE_JIT is set, so {what} the dense NumPy reference: slow, O(Sq Sk) memory",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=5,
     )
 
 

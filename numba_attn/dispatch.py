@@ -1,9 +1,8 @@
 """From the arguments of a public call to a backend: the CPU's kernels, a GPU, or the dense reference where Numba's
 compiler is switched off.
 
-A call is bound once: checked, planned and prepared. What it was bound to is kept under its shapes, dtypes and settings,
-so that the next call alike only fills in addresses. Calls that bring more arrays, a Mask or a function are bound anew,
-by the same path.
+A call is bound once: its kinds are checked and planned, and what it was bound to is kept for the calls alike. Each call
+then fills in its addresses and numbers, whatever its options, and these are checked at every call.
 
 The kernels are imported with the first call, not with the package: checking arguments and the reference need no Numba.
 """
@@ -11,110 +10,122 @@ The kernels are imported with the first call, not with the package: checking arg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import plan
-from .arrays import Array, advice, exact
+from .arrays import Array, advice, plain
 from .gradients import Backward, Gradients, Tangents, in_dtypes, sink_gradient
 from .mask.shape import Shape, over_pairs
 from .options import NAMES, precision_of
 
 if TYPE_CHECKING:
     from .cpu.launch.forward import Launch
+    from .cpu.launch.record import Record
 
-_LAUNCHES: dict[Any, Launch] = {}
-_MOST_LAUNCHES = 1024
+_BOUND: dict[Any, Bound] = {}
+_MOST_BOUND = 1024
 
 _NO_OPTIONS: Mapping[str, Any] = {}
 
 
-def forward(
-    q: Any, k: Any, v: Any, want_lse: Any, options: Mapping[str, Any], problem: plan.Problem | None = None
-) -> tuple[Any, Any]:
-    """out, and lse or None; the arrays are in host memory.
+@dataclass(slots=True)
+class Bound:
+    """What a call's kinds decide: all of it but addresses and numbers."""
 
-    options: the keywords of `attention` that were given, of any name that it takes.
-    problem: the same call, where it was checked already.
+    plan: plan.Plan
+    on: HostBackend
+    # Of the forward kernel, None while nobody knows: how the work is cut, where kinds decide the sequences, and the
+    # numbers, where they decide all but those of q, k, v, out and lse. One pair, as threads read it.
+    forward: tuple[Launch | None, Record | None] = (None, None)
+
+
+def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any], stacklevel: int) -> Bound:
+    """What a call of arrays in host memory is bound to.
+
+    options: the keywords that were given, of any name that a public function takes.
+    stacklevel: how far up the user's line is, for a warning.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For all that `plan.kinds` decides.
     """
-    key = _key(q, k, v, want_lse, options)
-    try:
-        launch = None if key is None else _LAUNCHES.get(key)
-    except TypeError:  # an unhashable layout, whose error comes below
-        launch = key = None
-    if launch is None:
-        return _bind(q, k, v, want_lse, options, problem, key)
-    result = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    lse = np.empty(q.shape[:-1], np.float64 if launch.elem == "f64" else np.float32) if want_lse else None
-    layout = options.get("layout", "bhsd") if options else "bhsd"
-    if layout == "bhsd":
-        _run(launch, q, k, v, result, lse)
-    else:
-        views = (plan.bhsd_view(x, layout) for x in (q, k, v, result))
-        _run(launch, *views, None if lse is None else plan.bhsd_view(lse, layout))
-    return result, lse
+    if not type(q) is type(k) is type(v) is np.ndarray:
+        q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
+    key = plan.kinds(q, k, v, options)
+    bound = None if key is None else _BOUND.get(key)
+    if bound is None:
+        bound = Bound(plan.bind(q, k, v, semantic(options)), host_backend(options, stacklevel + 1))
+        if key is not None and "tf32" not in options:  # a deprecated name is warned of at every call
+            if len(_BOUND) >= _MOST_BOUND:
+                _BOUND.clear()
+            _BOUND[key] = bound
+    return bound
 
 
-def _key(q: Any, k: Any, v: Any, want_lse: Any, options: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What two calls have in common that differ in the numbers of q, k and v alone. None for one whose options hold
-    more than plain settings, and for one that warns."""
-    if not type(q) is type(k) is type(v) is np.ndarray or "tf32" in options:
-        return None
-    arrays = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
-    if not options and (want_lse is True or want_lse is False):
-        return (*arrays, want_lse)
-    return exact(arrays, (want_lse, *chain.from_iterable(options.items())))
-
-
-def _bind(
+def forward(
+    bound: Bound,
     q: Any,
     k: Any,
     v: Any,
-    want_lse: Any,
+    want_lse: bool,
     options: Mapping[str, Any],
-    problem: plan.Problem | None,
-    key: tuple[Any, ...] | None,
+    problem: plan.Problem | None = None,
 ) -> tuple[Any, Any]:
-    """The call in full; its launch is kept under `key`, if there is one."""
-    want_lse = check_bool(want_lse, "return_lse")
-    on = host_backend(options, stacklevel=5)
-    given = semantic(options)
-    if problem is None:
-        problem = plan.resolve(q, k, v, **given)
-    out, layout = options.get("out"), problem.layout
+    """out, and lse or None.
+
+    problem: the checked call, where there is one already.
+    """
+    kept, (launch, record) = bound.plan, bound.forward
+    out, layout = options.get("out") if options else None, kept.layout
+    if problem is None and (record is None or out is not None):
+        problem = kept.problem(q, k, v, options)
     if out is None:
-        out = np.empty(plan.output_shape(problem), problem.dtype)
-        view = plan.bhsd_view(out, layout)
+        result = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+        view = result if layout == "bhsd" else plan.bhsd_view(result, layout)
     else:
-        view = plan.check_out(problem, out)
-    lse: Array | None = np.empty(plan.lse_shape(problem), problem.acc) if want_lse else None
-    lse_view = None if lse is None else plan.bhsd_view(lse, layout)
-    if on.backend == "cuda":
-        from .cuda.host import from_numpy
+        assert problem is not None
+        result, view = out, plan.check_out(problem, out)
+    lse = np.empty(q.shape[:-1], kept.acc) if want_lse else None
+    lse_view = lse if lse is None or layout == "bhsd" else plan.bhsd_view(lse, layout)
+    if problem is not None:
+        if bound.on.backend == "cuda":
+            from .cuda.host import from_numpy
 
-        from_numpy.attention(problem, view, lse_view, on.stream, on.tf32)
-    elif jit_is_off():
-        from . import dense
+            from_numpy.attention(problem, view, lse_view, bound.on.stream, bound.on.tf32)
+            return result, lse
+        if jit_is_off():
+            from . import dense
 
-        dense.forward(out, lse, q, k, v, given)
-    else:
-        from .cpu.launch.forward import prepare, run
-
-        global _run
-        _run = run
-        launch = prepare(problem, want_lse)
-        if key is not None:
-            if len(_LAUNCHES) >= _MOST_LAUNCHES:
-                _LAUNCHES.clear()
-            _LAUNCHES[key] = launch
-        run(launch, problem.q, problem.k, problem.v, view, lse_view)
-    return out, lse
+            dense.forward(result, lse, q, k, v, semantic(options))
+            return result, lse
+        q, k, v = problem.q, problem.k, problem.v
+        if record is None:
+            launch, record = _filled_in(bound, problem)
+    elif layout != "bhsd":
+        q, k, v = (plan.bhsd_view(x, layout) for x in (q, k, v))
+    assert launch is not None and record is not None
+    launch.run(record, q, k, v, view, lse_view)
+    return result, lse
 
 
-def _run(*args: Any) -> None:
-    raise AssertionError("no launch exists before a call was bound")
+def _filled_in(bound: Bound, problem: plan.Problem) -> tuple[Launch, Record]:
+    """The forward kernel's launch for a problem, and its numbers; what kinds decide of them is kept."""
+    launch = bound.forward[0] or _prepare(problem)
+    record = launch.filled_in(problem)
+    if bound.plan.decides_sequences and bound.forward[0] is None:
+        bound.forward = launch, None if bound.plan.steps else record
+    return launch, record
+
+
+def _prepare(problem: plan.Problem) -> Launch:
+    from .cpu.launch.forward import prepare
+
+    return prepare(problem)
 
 
 def backward(
@@ -132,31 +143,24 @@ def backward(
 
     bias, slopes, sinks = (options.get(name) for name in ("bias", "alibi_slopes", "sinks"))
     dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in inputs)
-    views = (plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv))
+    views = [plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv)]
     bias_shape = None if bias is None else (1,) * (4 - bias.ndim) + bias.shape
     slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
-    dlse = given.dlse
-    if dlse is not None and dlse.dtype != problem.acc:
-        dlse = dlse.astype(problem.acc)
-    arguments: tuple[Any, ...] = (
-        problem,
-        given.out,
-        given.lse,
-        given.dout,
-        dlse,
-        *views,
-        bias_shape,
-        slopes_shape,
-        given.asked,
-    )
+    if given.dlse is not None and given.dlse.dtype != problem.acc:
+        given = given._replace(dlse=given.dlse.astype(problem.acc))
     if on.backend == "cuda":
         from .cuda.host import from_numpy
 
-        dbias, dslopes, daux, dsinks = from_numpy.attention_backward(*arguments, on.stream, on.tf32)
+        dbias, dslopes, daux, dsinks = from_numpy.attention_backward(
+            problem, *given[:4], *views, bias_shape, slopes_shape, given.asked, on.stream, on.tf32
+        )
     else:
+        from .cpu.launch.backward import Wanted
         from .cpu.launch.backward import backward as on_cpu
 
-        dbias, dslopes, daux, deltas = on_cpu(*arguments)
+        dbias, dslopes, daux, deltas = on_cpu(
+            problem, given, Wanted(views[0], views[1], views[2], bias_shape, slopes_shape)
+        )
         dsinks = None if sinks is None else sink_gradient(problem, given.lse, deltas)
     with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
         return Gradients(
@@ -185,6 +189,7 @@ def jvp(problem: plan.Problem, inputs: Any, options: Mapping[str, Any], dots: Ta
 
         dense.jvp(results, problem, inputs, semantic(options), dots)
         return results
+    from .cpu.launch.jvp import Results
     from .cpu.launch.jvp import jvp as on_cpu
 
     bias_dot = dots.bias
@@ -192,15 +197,13 @@ def jvp(problem: plan.Problem, inputs: Any, options: Mapping[str, Any], dots: Ta
         missing = 4 - len(problem.layout)
         pairs = Shape(problem.batch, problem.q_heads, problem.q_len, problem.kv_len, missing)
         bias_dot = over_pairs(bias_dot, "bias_dot", pairs)
-    on_cpu(
-        problem,
-        (dots.q, dots.k, dots.v),
-        bias_dot,
-        None if dots.sinks is None else np.ascontiguousarray(dots.sinks, problem.acc),
-        None if dots.slopes is None else np.ascontiguousarray(np.atleast_2d(dots.slopes), problem.acc),
-        tuple(None if a is None else a.astype(problem.acc) for a in dots.aux),
-        *(plan.bhsd_view(x, problem.layout) for x in results),
+    dots = dots._replace(
+        bias=bias_dot,
+        sinks=None if dots.sinks is None else np.ascontiguousarray(dots.sinks, problem.acc),
+        slopes=None if dots.slopes is None else np.ascontiguousarray(np.atleast_2d(dots.slopes), problem.acc),
+        aux=tuple(None if a is None else a.astype(problem.acc) for a in dots.aux),
     )
+    on_cpu(problem, dots, Results(*(plan.bhsd_view(x, problem.layout) for x in results)))
     return results
 
 
@@ -247,7 +250,9 @@ def check_backend(options: Mapping[str, Any]) -> str:
 
 
 def check_bool(x: Any, name: str) -> bool:
-    if not isinstance(x, (bool, np.bool_)):
+    if x is True or x is False:
+        return x
+    if not isinstance(x, np.bool_):
         raise TypeError(f"{name} is {x!r}; it takes a bool")
     return bool(x)
 
@@ -280,8 +285,9 @@ def on_gpu(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> bool:
     return False
 
 
+@cache
 def jit_is_off() -> bool:
-    """NUMBA_DISABLE_JIT=1: vector kernels cannot run as Python."""
+    """NUMBA_DISABLE_JIT=1: vector kernels cannot run as Python. Numba reads it once, at its import."""
     from numba import config
 
     return bool(config.DISABLE_JIT)

@@ -1,28 +1,29 @@
 """Arguments -> `Problem`: every check and every error of a call, and the arrays as the kernels read them.
 
-`resolve` runs at every call, so a plain one must cost microseconds: it asks each question once, touches NumPy only for
-what was given, and leaves all that concerns masks to `mask.lower`, unless a call is so plain that its mask is two
-numbers.
+A call is bound in two steps. `bind` looks at kinds alone: the shapes and dtypes of q, k and v, the settings, the types
+of the other options (`kinds` is all that it looks at, as a key). It gives a `Plan`, which calls alike share. Then
+`Plan.problem` takes the addresses and numbers of one call and checks them, at every call. So a kept plan never holds a
+number that a caller may change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Unpack
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .arrays import Array, accumulation, integer, plain, real
+from .arrays import Array, accumulation, exact, integer, plain, real
 from .mask.constructors import Mask, check_window
 from .mask.lowering import ambiguous, lower, unused_align, whole_rows
-from .mask.parts import Causal, Pairs, Part
-from .mask.shape import OPEN, Shape, bool_pairs, check_align, over_pairs
+from .mask.parts import Aligned, Causal, Intervals, Lengths, Pairs, Part, Segments, Varlen, Window
+from .mask.shape import OPEN, Align, Shape, bool_pairs, check_align, over_pairs
 from .options import DEFAULTS, Options
 from .userfn.accepted import ScoreMod, aux_arrays, check_function
 
-__all__ = ["OPEN", "Problem", "check_out", "in_layout", "lse_shape", "output_shape", "resolve"]
+__all__ = ["OPEN", "Plan", "Problem", "bind", "check_out", "in_layout", "kinds", "lse_shape", "output_shape", "resolve"]
 
 # What a layout's array needs to become (B, H, S, D): its number of axes, how many leading axes it lacks, whether S
 # comes before H.
@@ -32,8 +33,7 @@ _AXES = {"b": "batch", "h": "heads", "s": "sequence", "d": "head size"}
 _MAX_WORK = 10_000_000  # for np.shares_memory, about a tenth of a second; ordinary strides need less than a hundred
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Problem:
+class Problem(NamedTuple):
     """A checked call. Every array is a base-class view of the caller's, in (B, H, S, D) order, whatever layout came
     in."""
 
@@ -50,7 +50,7 @@ class Problem:
     left: int
     right: int
     has_prefix: bool
-    # int64 C (n, 7): batch, q_start, q_len, k_start, k_len, offset, prefix. A query in none is an empty row.
+    # int64 C (n, 7), columns as mask/shape.py names them. A query in none is an empty row.
     sequences: Array
     start: Array | None  # int64 C (1 or B, 1 or Hq, Sq), key array indices: start <= j < end, besides all other bounds
     end: Array | None
@@ -94,6 +94,65 @@ class Problem:
         return int(self.v.shape[3])
 
 
+# The options of which each call brings its own numbers or addresses: a plan knows whether they are given, by their
+# types. So is an align that is no name. All others are settings, known by their values.
+_FILLED_IN = frozenset(
+    ("mask", "bias", "scale", "softcap", "alibi_slopes", "sinks", "score_mod", "aux", "dropout_p", "seed", "out")
+)
+
+_Step = Callable[["Plan", Mapping[str, Any]], dict[str, Any]]
+
+
+class Plan(NamedTuple):
+    """What the kinds of a call's arguments decide. It holds no array of a caller's and no number that calls alike may
+    have different."""
+
+    shape: Shape
+    qk_dim: int
+    acc: type
+    layout: str
+    causal: bool
+    window: Window | None
+    fields: dict[str, Any]  # of the Problem, all of them and in their order; None for those that are filled in
+    steps: tuple[_Step, ...]  # each checks some of a call's options and gives fields of the Problem
+
+    def problem(self, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Problem:
+        """The problem of a call of these kinds.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `resolve` does, for all that kinds do not decide.
+        """
+        fields, layout = self.fields.copy(), self.layout
+        q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
+        if layout != "bhsd":
+            q, k, v = bhsd_view(q, layout), bhsd_view(k, layout), bhsd_view(v, layout)
+        fields["q"], fields["k"], fields["v"] = q, k, v
+        for step in self.steps:
+            fields.update(step(self, options))
+        return Problem._make(fields.values())
+
+    @property
+    def decides_sequences(self) -> bool:
+        """Whether the bounds of a mask are a matter of kinds."""
+        return _bounds not in self.steps
+
+
+def kinds(q: Array, k: Array, v: Array, options: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What two calls have in common that `bind` gives one plan. None for options with settings that make no key."""
+    key: tuple[Any, ...] = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
+    for name, x in options.items():
+        if name in _FILLED_IN or (name == "align" and type(x) is not str):
+            key = (*key, name, type(x))
+        else:
+            longer = exact((*key, name), (x,))
+            if longer is None:
+                return None
+            key = longer
+    return key
+
+
 def resolve(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Problem:
     """Check the arguments of `attention` and say what they mean.
 
@@ -102,56 +161,176 @@ def resolve(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Problem:
     TypeError, ValueError
         For everything that is not as `attention` says, naming the argument, what was given and what is accepted.
     """
-    given: dict[str, Any] = {**DEFAULTS, **options} if options else DEFAULTS
-    (
-        causal, window, align, mask, bias, scale, softcap, alibi_slopes, sinks, score_mod, aux, dropout_p, seed, layout,
-    ) = given.values()  # fmt: skip
+    return bind(q, k, v, options).problem(q, k, v, options)
+
+
+def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Plan:
+    """The plan of a call: what `kinds` alone decides, checked. It reads no number of the options that are filled in.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `resolve` does, for what kinds decide.
+    """
+    layout = options.get("layout", DEFAULTS["layout"])
     q, k, v, dtype, acc = _checked_arrays(q, k, v, layout)
     batch, q_heads, q_len, qk_dim = q.shape
-    kv_len = k.shape[2]
-    scale = _scale(scale, qk_dim, acc)
-    softcap = 0.0 if softcap is None else _softcap(softcap, acc)
-    causal = _causal(causal)
-
-    shape = None  # made where something is asked of it
-    low = None
-    if mask is None and window is None and alibi_slopes is None and align is None:
-        if causal and q_len != kv_len and q_len and kv_len and batch:
-            raise ambiguous("causal", q_len, kv_len)
-        slopes = None
-        masks: tuple[Array, ...] = ()
-        left, right, rows = OPEN, 0 if causal else OPEN, whole_rows(batch, q_len, kv_len, 0)
+    plan = Plan(
+        shape=Shape(batch, q_heads, q_len, k.shape[2], _LAYOUTS[layout][1]),
+        qk_dim=qk_dim,
+        acc=acc,
+        layout=layout,
+        causal=_causal(options.get("causal", False)),
+        window=window_part(options),
+        fields=dict.fromkeys(Problem._fields),
+        steps=(),
+    )
+    fields = plan.fields
+    fields.update(
+        layout=layout, dtype=dtype, acc=acc, scale=1.0 / math.sqrt(qk_dim), softcap=0.0, has_prefix=False, segments=(),
+        masks=(), mask_mods=(), aux=(), dropout_p=0.0, seed=0,
+    )  # fmt: skip
+    steps: list[_Step] = []
+    mask, align = options.get("mask"), options.get("align")
+    if isinstance(mask, Mask) or not (align is None or type(align) is str):
+        steps.append(_bounds)
     else:
-        shape = Shape(batch, q_heads, q_len, kv_len, _LAYOUTS[layout][1])
-        align = check_align(align, "align")
-        slopes = None if alibi_slopes is None else _slopes(alibi_slopes, shape, acc)
-        if isinstance(mask, Mask) or isinstance(align, np.ndarray):
-            low = lower(keyword_parts(causal, window, mask), align, shape, slopes is not None)
-            left, right, rows, masks = low.left, low.right, low.sequences, low.masks
-        else:
-            left, right, offset = _band(causal, window, align, shape, slopes is not None)
-            rows = whole_rows(batch, q_len, kv_len, offset)
-            masks = () if mask is None else (over_pairs(bool_pairs(mask, "mask"), "mask", shape),)
-    if bias is not None:
-        bias = over_pairs(_bias(bias), "bias", shape or Shape(batch, q_heads, q_len, kv_len, _LAYOUTS[layout][1]))
-    if sinks is not None:
-        sinks = _sinks(sinks, q_heads, acc)
+        fields.update(_bounds(plan, options))
+    if mask is not None and not isinstance(mask, Mask):
+        steps.append(_bool_mask)
+    steps += [step for names, step in _STEPS.items() if any(_is_given(name, options) for name in names)]
+    return plan._replace(steps=tuple(steps))
+
+
+def _is_given(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether an option has a value of its own to check, which its type says: None, where None is the default, has
+    not."""
+    return name in options and not (options[name] is None and DEFAULTS[name] is None)
+
+
+# --- the steps: options of one call -> fields of its Problem ----------------------------------------------------------
+
+
+def _bounds(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What causal, window, align and a Mask come to."""
+    mask, align = options.get("mask"), check_align(options.get("align"), "align")
+    alibi, shape = options.get("alibi_slopes") is not None, plan.shape
+    if isinstance(mask, Mask):
+        return _lowered(plan, mask, align, alibi)
+    if isinstance(align, np.ndarray):
+        return lower(keyword_parts(plan.causal, plan.window, None), align, shape, alibi)._asdict()
+    left, right, offset = _band(plan, align, alibi)
+    return {"left": left, "right": right, "sequences": whole_rows(shape.batch, shape.q_len, shape.kv_len, offset)}
+
+
+# Parts that hold nothing but copies: no array of the caller's and no function.
+_OWN_NUMBERS = (Aligned, Lengths, Varlen, Segments, Intervals)
+
+# What a Mask came to the last time: the plan, align, and fields of the Problem. A model's layers share a Mask.
+_LOWERED: WeakKeyDictionary[Mask, tuple[Plan, Align, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _lowered(plan: Plan, mask: Mask, align: Align, alibi: bool) -> dict[str, Any]:
+    """`lower` of a Mask, remembered where all is the Mask's own: not an array or a function that may have changed."""
+    own = not isinstance(align, np.ndarray) and all(isinstance(part, _OWN_NUMBERS) for part in mask.parts)
+    last = _LOWERED.get(mask) if own else None
+    if last is not None and last[0] is plan and last[1] == align:
+        return last[2]
+    parts = keyword_parts(plan.causal, plan.window, mask)
+    fields = lower(parts, align, plan.shape, alibi)._asdict()
+    if own:
+        _LOWERED[mask] = plan, align, fields
+    return fields
+
+
+def _bool_mask(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"masks": (over_pairs(bool_pairs(options["mask"], "mask"), "mask", plan.shape),)}
+
+
+def _scale(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    takes = "a finite float (1 / sqrt(Dk) if left out)"
+    return {"scale": _finite(options["scale"], "scale", plan.acc, takes)}
+
+
+def _softcap(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    takes = "a finite float > 0, or None for no softcap"
+    softcap = _finite(options["softcap"], "softcap", plan.acc, takes)
+    with np.errstate(over="ignore"):
+        usable = plan.acc(softcap) > 0 and np.isfinite(plan.acc(1.0 / softcap))
+    if not usable:
+        raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
+    return {"softcap": float(softcap)}
+
+
+def _slopes(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    slopes, shape = _in_acc(options["alibi_slopes"], "alibi_slopes", plan.acc), plan.shape
+    if slopes.shape == (shape.q_heads,):
+        return {"slopes": slopes[None, :]}
+    if slopes.shape == (shape.batch, shape.q_heads):
+        return {"slopes": slopes}
+    raise ValueError(
+        f"alibi_slopes has shape {slopes.shape}; "
+        f"it takes (Hq,) = ({shape.q_heads},) or (B, Hq) = ({shape.batch}, {shape.q_heads})"
+    )
+
+
+def _bias(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    bias = plain(options["bias"], "bias")
+    if bias.dtype.kind == "b":
+        raise TypeError("bias has dtype bool; it takes numbers to add to the scores, and a bool array goes to mask=")
+    accumulation(bias.dtype, "bias")
+    return {"bias": over_pairs(bias, "bias", plan.shape)}
+
+
+def _sinks(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    sinks, q_heads = _in_acc(options["sinks"], "sinks", plan.acc), plan.shape.q_heads
+    if sinks.shape != (q_heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; it takes one logit for each query head, (Hq,) = ({q_heads},)")
+    return {"sinks": sinks}
+
+
+def _score_mod(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    score_mod, arrays = options.get("score_mod"), aux_arrays(options.get("aux", ()), "aux")
+    if isinstance(score_mod, Mask):
+        raise TypeError("score_mod is a Mask; a Mask goes to mask=")
     if score_mod is not None:
-        aux = _check_score_mod(score_mod, aux)
-    elif type(aux) is not tuple or aux:
-        aux = _unused_aux(aux)
-    if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None:
-        dropout_p, seed = _dropout(dropout_p, seed)
-    else:
-        seed = 0
+        check_function(score_mod.fn if isinstance(score_mod, ScoreMod) else score_mod, "score_mod", 5, len(arrays))
+    elif arrays:
+        raise ValueError("aux is given, but score_mod is not; the arrays of a mask_mod go to mask_mod(fn, aux=...)")
+    return {"score_mod": score_mod, "aux": arrays}
 
-    bounds = (False, rows, None, None, ()) if low is None else (
-        low.has_prefix, rows, low.start, low.end, low.segments
-    )  # fmt: skip
-    return Problem(
-        q, k, v, layout, dtype, acc, scale, softcap, left, right, *bounds, masks, () if low is None else low.mask_mods,
-        bias, slopes, sinks, score_mod, aux, dropout_p, seed,
-    )  # fmt: skip
+
+def _dropout(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    takes = "a float in [0, 1)"
+    p, seed = real(options.get("dropout_p", 0.0), "dropout_p", takes), options.get("seed")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {p}; it takes {takes}")
+    seed_takes = "an int in [0, 2**64)"
+    if seed is None:
+        if p > 0.0:
+            raise ValueError(
+                f"seed is None, but dropout_p is {p}; dropout takes {seed_takes}, the same seed giving the same mask"
+            )
+        return {"dropout_p": p}
+    number = integer(seed, "seed", seed_takes)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seed is {number}; it takes {seed_takes}")
+    return {"dropout_p": p, "seed": number}
+
+
+# Of the options that need one, whatever else is given.
+_STEPS: dict[tuple[str, ...], _Step] = {
+    ("scale",): _scale,
+    ("softcap",): _softcap,
+    ("alibi_slopes",): _slopes,
+    ("bias",): _bias,
+    ("sinks",): _sinks,
+    ("score_mod", "aux"): _score_mod,
+    ("dropout_p", "seed"): _dropout,
+}
+
+
+# --- the checks that kinds decide -------------------------------------------------------------------------------------
 
 
 def _checked_arrays(q: Any, k: Any, v: Any, layout: Any) -> tuple[Array, Array, Array, np.dtype[Any], type]:
@@ -181,20 +360,10 @@ def _checked_arrays(q: Any, k: Any, v: Any, layout: Any) -> tuple[Array, Array, 
     return q, k, v, dtype, acc
 
 
-def _scale(scale: Any, qk_dim: int, acc: type) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(qk_dim)
-    return _finite(scale, "scale", acc, "a finite float (1 / sqrt(Dk) if left out)")
-
-
-def _softcap(softcap: Any, acc: type) -> float:
-    takes = "a finite float > 0, or None for no softcap"
-    softcap = _finite(softcap, "softcap", acc, takes)
-    with np.errstate(over="ignore"):
-        usable = acc(softcap) > 0 and np.isfinite(acc(1.0 / softcap))
-    if not usable:
-        raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
-    return float(softcap)
+def window_part(options: Mapping[str, Any]) -> Window | None:
+    """The keyword window= as a part of a mask."""
+    window = options.get("window")
+    return None if window is None else check_window(window)
 
 
 def _causal(causal: Any) -> bool:
@@ -207,25 +376,17 @@ def _causal(causal: Any) -> bool:
     return bool(causal)
 
 
-def _sinks(sinks: Any, q_heads: int, acc: type) -> Array:
-    sinks = _in_acc(sinks, "sinks", acc)
-    if sinks.shape != (q_heads,):
-        raise ValueError(f"sinks has shape {sinks.shape}; it takes one logit for each query head, (Hq,) = ({q_heads},)")
-    return sinks
-
-
-def _band(causal: bool, window: Any, align: str | int | None, shape: Shape, alibi: bool) -> tuple[int, int, int]:
+def _band(plan: Plan, align: str | int | None, alibi: bool) -> tuple[int, int, int]:
     """left, right and offset of a call without a Mask: what `lower` would find, in a tenth of the time."""
-    left, right = OPEN, 0 if causal else OPEN
+    left, right, shape, window = OPEN, 0 if plan.causal else OPEN, plan.shape, plan.window
     if window is not None:
-        part = check_window(window)
-        left = OPEN if part.left is None else min(part.left, OPEN)
-        right = right if part.right is None else min(part.right, right)
+        left = OPEN if window.left is None else min(window.left, OPEN)
+        right = right if window.right is None else min(window.right, right)
     q_len, kv_len = shape.q_len, shape.kv_len
     used = alibi or left < OPEN or right < OPEN
     if align is None:
         if used and q_len != kv_len and q_len and kv_len and shape.batch:
-            raise ambiguous("causal" if causal else "alibi_slopes" if alibi else "window", q_len, kv_len)
+            raise ambiguous("causal" if plan.causal else "alibi_slopes" if alibi else "window", q_len, kv_len)
         return left, right, 0
     if not used:
         if window is None:
@@ -234,13 +395,11 @@ def _band(causal: bool, window: Any, align: str | int | None, shape: Shape, alib
     return left, right, kv_len - q_len if align == "bottom_right" else 0 if align == "top_left" else int(align)
 
 
-def keyword_parts(causal: bool, window: Any, mask: Any) -> list[Part]:
+def keyword_parts(causal: bool, window: Window | None, mask: Any) -> list[Part]:
     """causal=, window= and mask= as one list of parts, which all apply."""
-    parts: list[Part] = []
-    if causal:
-        parts.append(Causal())
+    parts: list[Part] = [Causal()] if causal else []
     if window is not None:
-        parts.append(check_window(window))
+        parts.append(window)
     if isinstance(mask, Mask):
         parts.extend(mask.parts)
     elif mask is not None:
@@ -429,56 +588,3 @@ def _in_acc(x: Any, name: str, acc: type) -> Array:
     array = plain(x, name)
     accumulation(array.dtype, name)
     return np.ascontiguousarray(array, dtype=acc)
-
-
-def _slopes(x: Any, shape: Shape, acc: type) -> Array:
-    slopes = _in_acc(x, "alibi_slopes", acc)
-    if slopes.shape == (shape.q_heads,):
-        return slopes[None, :]
-    if slopes.shape == (shape.batch, shape.q_heads):
-        return slopes
-    raise ValueError(
-        f"alibi_slopes has shape {slopes.shape}; "
-        f"it takes (Hq,) = ({shape.q_heads},) or (B, Hq) = ({shape.batch}, {shape.q_heads})"
-    )
-
-
-def _bias(x: Any) -> Array:
-    bias = plain(x, "bias")
-    if bias.dtype.kind == "b":
-        raise TypeError("bias has dtype bool; it takes numbers to add to the scores, and a bool array goes to mask=")
-    accumulation(bias.dtype, "bias")
-    return bias
-
-
-def _check_score_mod(score_mod: Any, aux: Any) -> tuple[Array, ...]:
-    if isinstance(score_mod, Mask):
-        raise TypeError("score_mod is a Mask; a Mask goes to mask=")
-    arrays = aux_arrays(aux, "aux")
-    check_function(score_mod.fn if isinstance(score_mod, ScoreMod) else score_mod, "score_mod", 5, len(arrays))
-    return arrays
-
-
-def _unused_aux(aux: Any) -> tuple[Array, ...]:
-    arrays = aux_arrays(aux, "aux")
-    if arrays:
-        raise ValueError("aux is given, but score_mod is not; the arrays of a mask_mod go to mask_mod(fn, aux=...)")
-    return arrays
-
-
-def _dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
-    takes = "a float in [0, 1)"
-    p = real(dropout_p, "dropout_p", takes)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p is {p}; it takes {takes}")
-    seed_takes = "an int in [0, 2**64)"
-    if seed is None:
-        if p > 0.0:
-            raise ValueError(
-                f"seed is None, but dropout_p is {p}; dropout takes {seed_takes}, the same seed giving the same mask"
-            )
-        return p, 0
-    number = integer(seed, "seed", seed_takes)
-    if not 0 <= number < 2**64:
-        raise ValueError(f"seed is {number}; it takes {seed_takes}")
-    return p, number

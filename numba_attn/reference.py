@@ -22,7 +22,7 @@ from .gradients import Gradients, check_aux_grad, check_aux_tangents, check_cota
 from .mask.parts import Part, dense, positions
 from .mask.shape import Align, Shape, check_align, over_pairs
 from .options import Options, check_names, documented
-from .plan import Problem, bhsd_view, in_layout, keyword_parts, resolve
+from .plan import Problem, bhsd_view, in_layout, keyword_parts, resolve, window_part
 from .userfn.accepted import ScoreMod, plain_function, widened
 from .userfn.derivative import Differentiated, differentiated, differentiated_by_hand
 
@@ -320,7 +320,7 @@ def _resolved(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> _Call:
     q, k, v = _float64(q), _float64(k), _float64(v)
     problem = resolve(q, k, v, **options)
     shape = Shape(problem.batch, problem.q_heads, problem.q_len, problem.kv_len, 4 - np.ndim(q))
-    parts = keyword_parts(bool(options.get("causal", False)), options.get("window"), options.get("mask"))
+    parts = keyword_parts(bool(options.get("causal", False)), window_part(options), options.get("mask"))
     return _Call(problem, parts, check_align(options.get("align"), "align"), shape)
 
 

@@ -11,6 +11,7 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, register_model
 from numba.np import numpy_support
 
+from ..mask.shape import SEQUENCE_FIELDS
 from .compile import inner
 from .simd import F64 as F64_IR
 from .simd import I64, ROW, Ptr, fetch_add, i64_ptr
@@ -66,9 +67,8 @@ CALL = np.dtype(
     + [(n, np.float64) for n in ("scale", "q_scale", "softcap_in", "softcap_out", "unit", "drop_scale")]
 )
 
-# One sequence: row of the batch, first query and number of queries, first key and number of keys, diagonal (query i
-# meets key i + offset, both counted from the sequence's start) and length of the prefix that every query sees.
-SEQUENCE = np.dtype(_fields("", "batch q_start q_len k_start k_len offset prefix"))
+# One sequence: see mask/shape.py.
+SEQUENCE = np.dtype([(name, np.int64) for name in SEQUENCE_FIELDS])
 
 # The keys first:last of a block that a tile sees, the queries of the tile and its width in lanes.
 PART = np.dtype(_fields("", "first last count width"))

@@ -64,7 +64,7 @@ def split(problem: Problem) -> tuple[Problem | None, Problem | None]:
     few &= rows > 0
     if not few.any():
         return None, problem
-    return replace(problem, sequences=problem.sequences[few]), replace(problem, sequences=problem.sequences[~few])
+    return problem._replace(sequences=problem.sequences[few]), problem._replace(sequences=problem.sequences[~few])
 
 
 def with_rows(t: Tiling, rows: int) -> Tiling:

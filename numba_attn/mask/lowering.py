@@ -4,19 +4,33 @@ that tiles outside are never read. Elsewhere each pair is tested."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import Array
 from .parts import Aligned, Causal, Intervals, Lengths, MaskMod, Pairs, Part, Prefix, Segments, Varlen, Window
-from .shape import OPEN, Align, Shape, check_align_batch, over_pairs, show
+from .shape import (
+    BATCH,
+    K_LEN,
+    K_START,
+    N_PLACE,
+    OFFSET,
+    OPEN,
+    PREFIX,
+    Q_LEN,
+    Q_START,
+    SEQUENCE_FIELDS,
+    Align,
+    Shape,
+    check_align_batch,
+    over_pairs,
+    show,
+)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lowered:
+class Lowered(NamedTuple):
     """What the kernels need of a mask; the fields are `Problem`'s, where they are described."""
 
     left: int
@@ -34,11 +48,11 @@ class Lowered:
 def whole_rows(batch: int, q_len: int, kv_len: int, offset: int) -> Array:
     """One sequence a batch row: what a call without lengths or varlen has. Calls share the array: do not write to
     it."""
-    rows = np.zeros((batch, 7), np.int64)
-    rows[:, 0] = np.arange(batch)
-    rows[:, 2] = q_len
-    rows[:, 4] = kv_len
-    rows[:, 5] = offset
+    rows = np.zeros((batch, len(SEQUENCE_FIELDS)), np.int64)
+    rows[:, BATCH] = np.arange(batch)
+    rows[:, Q_LEN] = q_len
+    rows[:, K_LEN] = kv_len
+    rows[:, OFFSET] = offset
     return rows
 
 
@@ -73,8 +87,8 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
     for part in parts:
         part.check(shape)
     pieces = _pieces(parts, shape)
-    rows = np.zeros((pieces.shape[0], 7), np.int64)
-    rows[:, :5] = pieces
+    rows = np.zeros((pieces.shape[0], len(SEQUENCE_FIELDS)), np.int64)
+    rows[:, :N_PLACE] = pieces
 
     left = right = OPEN
     prefix_rows: Array | None = None
@@ -94,7 +108,7 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
             left = min(left, OPEN if part.left is None else part.left)
             right = min(right, OPEN if part.right is None else part.right)
         elif isinstance(part, Prefix):
-            n = np.full(pieces.shape[0], part.n) if isinstance(part.n, int) else part.n[pieces[:, 0]]
+            n = np.full(pieces.shape[0], part.n) if isinstance(part.n, int) else part.n[pieces[:, BATCH]]
             prefix_rows = n if prefix_rows is None else np.minimum(prefix_rows, n)
         elif isinstance(part, Intervals) or (isinstance(part, Segments) and part.runs is not None):
             first, last = part.bounds if isinstance(part, Intervals) else (x[:, None, :] for x in part.runs or ())
@@ -103,13 +117,13 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
     if align is not None and not users and not indifferent:
         raise unused_align()
     if users:
-        rows[:, 5] = _offset(users, align, rows)
+        rows[:, OFFSET] = _offset(users, align, rows)
     if prefix_rows is not None:
-        prefix_rows = np.minimum(prefix_rows, rows[:, 4])
+        prefix_rows = np.minimum(prefix_rows, rows[:, K_LEN])
         if right == 0 or not prefix_rows.any():  # causal hides all that only the prefix shows
             right, prefix_rows = 0, None
         else:
-            rows[:, 6] = prefix_rows
+            rows[:, PREFIX] = prefix_rows
     if start is not None and end is not None:
         common = np.broadcast_shapes(start.shape, end.shape)
         start, end = (np.ascontiguousarray(np.broadcast_to(x, common)) for x in (start, end))
@@ -127,38 +141,38 @@ def lower(parts: Sequence[Part], align: Align, shape: Shape, alibi: bool) -> Low
 
 
 def _pieces(parts: Sequence[Part], shape: Shape) -> Array:
-    """The sequences, (n, 5): batch, q_start, q_len, k_start, k_len. Two parts that make sequences make their common
+    """Where the sequences lie, (n, N_PLACE). Two parts that make sequences make their common
     refinement."""
     pieces: Array | None = None
     for part in parts:
         if isinstance(part, (Lengths, Varlen)):
             more = part.pieces(shape)
             pieces = more if pieces is None else _refined(pieces, more, shape.batch)
-    return whole_rows(shape.batch, shape.q_len, shape.kv_len, 0)[:, :5] if pieces is None else pieces
+    return whole_rows(shape.batch, shape.q_len, shape.kv_len, 0)[:, :N_PLACE] if pieces is None else pieces
 
 
 def _refined(first: Array, second: Array, batch: int) -> Array:
     """The common refinement of two lists of sequences."""
-    none = np.zeros((0, 5), np.int64)
+    none = np.zeros((0, N_PLACE), np.int64)
     return np.concatenate([none, *(_refined_row(first, second, b) for b in range(batch))])
 
 
 def _refined_row(a: Array, c: Array, b: int) -> Array:
     """The intersections of two lists of sequences in batch row b, those with a query."""
-    a, c = a[a[:, 0] == b][:, None, :], c[c[:, 0] == b][None, :, :]
-    rows = np.zeros((a.shape[0], c.shape[1], 5), np.int64)
-    rows[..., 0] = b
-    for column in (1, 3):
-        first = np.maximum(a[..., column], c[..., column])
-        last = np.minimum(a[..., column] + a[..., column + 1], c[..., column] + c[..., column + 1])
-        rows[..., column] = first
-        rows[..., column + 1] = np.maximum(last - first, 0)
-    return rows[rows[..., 2] > 0]
+    a, c = a[a[:, BATCH] == b][:, None, :], c[c[:, BATCH] == b][None, :, :]
+    rows = np.zeros((a.shape[0], c.shape[1], N_PLACE), np.int64)
+    rows[..., BATCH] = b
+    for start, length in ((Q_START, Q_LEN), (K_START, K_LEN)):
+        first = np.maximum(a[..., start], c[..., start])
+        last = np.minimum(a[..., start] + a[..., length], c[..., start] + c[..., length])
+        rows[..., start] = first
+        rows[..., length] = np.maximum(last - first, 0)
+    return rows[rows[..., Q_LEN] > 0]
 
 
 def _offset(users: Sequence[tuple[str, Align]], align: Align, rows: Array) -> Array:
     """The offset of every sequence, on which all that use it must agree."""
-    q_len, k_len = rows[:, 2], rows[:, 4]
+    q_len, k_len = rows[:, Q_LEN], rows[:, K_LEN]
     has_pairs = (q_len > 0) & (k_len > 0)
     first: tuple[str, Align, Array] | None = None
     asked: list[tuple[str, Align]] = list(users)
@@ -173,7 +187,7 @@ def _offset(users: Sequence[tuple[str, Align]], align: Align, rows: Array) -> Ar
         elif isinstance(own, str):
             offset = k_len - q_len if own == "bottom_right" else np.zeros_like(q_len)
         else:
-            offset = np.full_like(q_len, own) if isinstance(own, int) else own[rows[:, 0]]
+            offset = np.full_like(q_len, own) if isinstance(own, int) else own[rows[:, BATCH]]
         if first is None:
             first = what, own, offset
             continue

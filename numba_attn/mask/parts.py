@@ -16,7 +16,23 @@ import numpy as np
 
 from ..arrays import Array
 from ..userfn.accepted import check_function, plain_function, widened
-from .shape import OPEN, Align, Positions, Shape, check_align_batch, check_range, over_pairs, show, show_align
+from .shape import (
+    BATCH,
+    K_LEN,
+    K_START,
+    N_PLACE,
+    OPEN,
+    Q_LEN,
+    Q_START,
+    Align,
+    Positions,
+    Shape,
+    check_align_batch,
+    check_range,
+    over_pairs,
+    show,
+    show_align,
+)
 
 
 def _unpadded(x: Array) -> tuple[int, ...]:
@@ -117,11 +133,11 @@ class Lengths:
         return _same_sequence(q, k)
 
     def pieces(self, shape: Shape) -> Array:
-        """(B, 5): batch, q_start, q_len, k_start, k_len."""
-        rows = np.zeros((shape.batch, 5), np.int64)
-        rows[:, 0] = np.arange(shape.batch)
-        rows[:, 2] = shape.q_len if self.q_lengths is None else self.q_lengths
-        rows[:, 4] = self.kv_lengths
+        """Where the sequences lie, (B, N_PLACE)."""
+        rows = np.zeros((shape.batch, N_PLACE), np.int64)
+        rows[:, BATCH] = np.arange(shape.batch)
+        rows[:, Q_LEN] = shape.q_len if self.q_lengths is None else self.q_lengths
+        rows[:, K_LEN] = self.kv_lengths
         return rows
 
 
@@ -158,14 +174,14 @@ class Varlen:
         return _same_sequence(q, k)
 
     def pieces(self, shape: Shape) -> Array:
-        """(B * n, 5): batch, q_start, q_len, k_start, k_len."""
+        """Where the sequences lie, (B * n, N_PLACE)."""
         n = self.cu_q.size - 1
-        rows = np.zeros((shape.batch, n, 5), np.int64)
-        rows[:, :, 0] = np.arange(shape.batch)[:, None]
-        for column, cu in ((1, self.cu_q), (3, self.cu_k)):
-            rows[:, :, column] = cu[:-1]
-            rows[:, :, column + 1] = np.diff(cu)
-        return rows.reshape(-1, 5)
+        rows = np.zeros((shape.batch, n, N_PLACE), np.int64)
+        rows[:, :, BATCH] = np.arange(shape.batch)[:, None]
+        for start, length, cu in ((Q_START, Q_LEN, self.cu_q), (K_START, K_LEN, self.cu_k)):
+            rows[:, :, start] = cu[:-1]
+            rows[:, :, length] = np.diff(cu)
+        return rows.reshape(-1, N_PLACE)
 
 
 @dataclass(frozen=True, eq=False)

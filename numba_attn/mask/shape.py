@@ -13,6 +13,12 @@ from ..arrays import Array, integers, plain
 OPEN = 2**62  # an absent bound: larger than any index, and i + offset - OPEN still fits in int64
 _FAR = 2**60  # the largest offset, for the same reason
 
+# A sequence is a row of an int64 array: of the batch, its first query and how many, its first key and how many, its
+# diagonal (query i meets key i + offset, both counted from its start), and the prefix that each query sees.
+SEQUENCE_FIELDS = ("batch", "q_start", "q_len", "k_start", "k_len", "offset", "prefix")
+BATCH, Q_START, Q_LEN, K_START, K_LEN, OFFSET, PREFIX = range(len(SEQUENCE_FIELDS))
+N_PLACE = OFFSET  # the fields before it say where a sequence lies
+
 Align = str | int | Array | None
 
 _NAMES = ("bottom_right", "top_left")
@@ -120,6 +126,8 @@ def over_pairs(array: Array, name: str, shape: Shape) -> Array:
     """`array` as a view of shape (B, Hq, Sq, Sk), with zero strides where it is broadcast."""
     full = (shape.batch, shape.q_heads, shape.q_len, shape.kv_len)
     wanted = full[shape.missing :]
+    if array.shape == full:
+        return array
     try:
         view = np.broadcast_to(array, wanted)
     except ValueError:

@@ -16,6 +16,9 @@ from ..arrays import FLOAT_NAMES, Array, plain
 
 _SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
 
+_ACCEPTED: set[Any] = set()  # functions that were checked, by identity: asking Python for a signature takes 20 us
+_MOST_ACCEPTED = 1024
+
 
 @dataclass(frozen=True)
 class ScoreMod:
@@ -70,6 +73,9 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
             f"{name}: got {type(fn).__name__}; accepted is a plain Python function or an @njit one "
             f"(wrap a callable object, a partial or a builtin in a def or lambda)"
         )
+    key = (identity(fn), n_leading, n_aux)
+    if key in _ACCEPTED:
+        return
     for kind, what, value in _captured(fn, deep=True):
         if isinstance(value, np.ndarray):
             raise TypeError(
@@ -81,10 +87,12 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
     try:
         inspect.signature(fn).bind(*range(n_leading + (n_aux or 0)))
     except TypeError as error:
-        if n_aux is None and "missing" in str(error):
-            return
-        given = f" and the {n_aux} arrays of aux" if n_aux else ""
-        raise TypeError(f"{name}: the function must take ({leading}){given}: {error}") from None
+        if n_aux is not None or "missing" not in str(error):
+            given = f" and the {n_aux} arrays of aux" if n_aux else ""
+            raise TypeError(f"{name}: the function must take ({leading}){given}: {error}") from None
+    if len(_ACCEPTED) >= _MOST_ACCEPTED:
+        _ACCEPTED.clear()
+    _ACCEPTED.add(key)
 
 
 def _captured(fn: Any, deep: bool = False) -> list[tuple[str, str, Any]]:
@@ -116,25 +124,39 @@ def _captured(fn: Any, deep: bool = False) -> list[tuple[str, str, Any]]:
     return found
 
 
-def identity(fn: Callable[..., Any]) -> tuple[Any, ...]:
+class _Same:
+    """An object as a part of a key, equal to itself alone. The key keeps it alive, so that no later object has its
+    id."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def identity(fn: Callable[..., Any], inside: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     """A hashable key that two functions share iff they compile to the same code: code, defaults and captured scalars,
-    functions alike.
+    functions alike. inside: the functions that call this one.
 
     So a lambda made anew in a loop compiles once, and one that captures another number compiles again.
     """
     fn = plain_function(fn)
+    inside = (*inside, fn)
     parts: list[Any] = [fn.__code__]
     for kind, what, value in _captured(fn):
+        called = plain_function(value)
         if isinstance(value, _SCALARS):
             value = (type(value), repr(value))  # 0.0 and -0.0 are equal, and NaN is not equal to itself
-        elif (
-            isinstance(plain_function(value), types.FunctionType)
-            and value is not fn
-            and plain_function(value) is not fn
-        ):
-            value = identity(value)
+        elif isinstance(called, types.FunctionType) and not any(called is caller for caller in inside):
+            value = identity(called, inside)
         else:
-            value = id(value)
+            value = _Same(value)
         parts.append((kind, what, value))
     return tuple(parts)
 

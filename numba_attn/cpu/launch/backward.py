@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba.core import types
 
+from ...mask.shape import K_LEN, Q_LEN
 from .. import threads
 from ..backward import RANGES, Needs, build, key_block, layout, range_keys
 from ..call import tile_rows
@@ -17,18 +18,24 @@ from ..delta import build_delta
 from ..modifiers import tile_function
 from .record import (
     SERIAL_FLOPS,
+    Fields,
     Record,
+    Sizes,
     count_tiles,
     describe,
     elem_of,
     is_half,
+    kept,
     longest_first,
     rows_in_place,
     run_drain,
+    sized,
+    sizes_of,
     tile_width,
 )
 
 if TYPE_CHECKING:
+    from ...gradients import Backward
     from ...plan import Problem
 
 # Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
@@ -47,87 +54,64 @@ def drain_address(elem: str) -> int:
     return compile_cfunc(build(elem), types.void(types.intp), f"backward-{elem}")
 
 
-_layout = lru_cache(256)(layout)
+@lru_cache(256)
+def _layout(*sizes: Any) -> Fields:
+    return Fields(layout(*sizes))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a problem alone decides."""
+class Wanted(NamedTuple):
+    """Where the gradients go: (B, H, S, D) views, and the shapes of those that are sums over pairs."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    bias_shape: tuple[int, ...] | None  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
+    slopes_shape: tuple[int, ...] | None  # (B or 1, Hq)
+
+
+class Reduced(NamedTuple):
+    """The gradients that are sums over pairs, in float64 or in the accumulation type, and deltas: (B, Hq, Sq),
+    rowsum(dout out) - dlse."""
+
+    dbias: np.ndarray | None
+    dslopes: np.ndarray | None
+    daux: tuple[np.ndarray | None, ...]
+    deltas: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Schedule:
+    """What sizes alone decide of a call."""
 
     record: Record
-    elem: str
     heads: int  # sequences times key heads
     head_size: int  # numbers in the longest head's dQ'
     longest: int  # keys of the longest sequence
-    queries: int
-    keys: int
+    idle_queries: bool  # some query is in no sequence
+    idle_keys: bool
     work: float  # floating-point operations, and a share for each head
 
 
-_CALLS: dict[Any, _Call] = {}
-_MOST_CALLS = 256
-
-
-def _prepared(problem: Problem) -> _Call:
-    """The call of a problem; remembered where nothing of it is call data."""
-    key = None
-    if (
-        problem.start is problem.bias is problem.slopes is problem.sinks is problem.score_mod is None
-        and not problem.masks
-        and not problem.segments
-        and not problem.mask_mods
-        and problem.dropout_p == 0.0
-    ):
-        key = (
-            problem.dtype, problem.q.shape, problem.k.shape, problem.v.shape, problem.scale, problem.softcap,
-            problem.left, problem.right, problem.has_prefix, problem.sequences.tobytes(),
-        )  # fmt: skip
-        if (known := _CALLS.get(key)) is not None:
-            return known
-    elem = elem_of(problem.dtype)
-    sequences = longest_first(problem.sequences)
-    record = describe(problem, elem, sequences, "score_grad")
-    _, q_heads, q_len, qk = problem.q.shape
-    rows = tile_width(elem, problem.left, problem.right)
-    record["tile_rows"], record["block"] = rows, key_block(elem, max(qk, problem.v_dim))
-    record["scale"], record["rows"], record["heads"] = problem.scale, q_len, q_heads
-    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
-    tiles = count_tiles(q_lens, rows, q_heads // problem.kv_heads)
-    heads = len(sequences) * problem.kv_heads
-    record["head_size"] = head_size = int(tiles.max(initial=0)) * qk * tile_rows(elem)
-    call = _Call(
+@kept
+def _schedule(sequences: np.ndarray, sizes: Sizes) -> _Schedule:
+    sequences, elem = longest_first(sequences), elem_of(sizes.dtype)
+    (batch, q_heads, q_len, qk), (_, kv_heads, kv_len, _) = sizes.q, sizes.k
+    record, rows = sized(sequences, sizes), tile_width(elem, sizes.left, sizes.right)
+    record["tile_rows"], record["block"] = rows, key_block(elem, max(qk, sizes.v_dim))
+    record["rows"], record["heads"] = q_len, q_heads
+    q_lens, k_lens = sequences[:, Q_LEN], sequences[:, K_LEN]
+    heads = len(sequences) * kv_heads
+    longest_head = int(count_tiles(q_lens, rows, sizes.group).max(initial=0))
+    record["head_size"] = head_size = longest_head * qk * tile_rows(elem)
+    return _Schedule(
         record=record,
-        elem=elem,
         heads=heads,
         head_size=head_size,
         longest=int(k_lens.max(initial=0)),
-        queries=int(q_lens.sum()),
-        keys=int(k_lens.sum()),
-        work=5.0 * float((q_lens * k_lens).sum()) * q_heads * (qk + problem.v_dim) + HEAD_WORK * heads,
+        idle_queries=int(q_lens.sum()) < batch * q_len,
+        idle_keys=int(k_lens.sum()) < batch * kv_len,
+        work=5.0 * float((q_lens * k_lens).sum()) * q_heads * (qk + sizes.v_dim) + HEAD_WORK * heads,
     )
-    if key is not None:
-        if len(_CALLS) >= _MOST_CALLS:
-            _CALLS.clear()
-        _CALLS[key] = call
-    return call
-
-
-class _Sums:
-    """Sums over pairs that several work items add to: each unit of items has a copy, and the copies are added in
-    order."""
-
-    def __init__(self, sizes: list[int], heads: int):
-        """sizes: numbers of each array that is summed."""
-        total = 8 * sum(sizes)
-        if total * heads * RANGES <= MOST_SUMS:
-            self.per_head, self.per_range, self.units = RANGES, 1, heads * RANGES
-        elif total * heads <= MOST_SUMS:
-            self.per_head, self.per_range, self.units = 1, 0, heads
-        else:
-            self.per_head, self.per_range, self.units = 0, 0, 1
-
-    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros((self.units, *shape))
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -139,122 +123,142 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return strides[::-1]
 
 
-def backward(
-    problem: Problem,
-    out: np.ndarray,
-    lse: np.ndarray,
-    dout: np.ndarray,
-    dlse: np.ndarray | None,
-    dq: np.ndarray,
-    dk: np.ndarray,
-    dv: np.ndarray,
-    dbias_shape: tuple[int, ...] | None,
-    dslopes_shape: tuple[int, ...] | None,
-    asked: tuple[bool, ...],
-) -> tuple[np.ndarray | None, np.ndarray | None, tuple[np.ndarray | None, ...], np.ndarray]:
-    """Run the backward kernels on (B, H, S, D) and (B, H, S) views; writes dq, dk and dv.
+class _Sums:
+    """The gradients that are sums over pairs. Several work items add to them, so each unit of items has a copy, and the
+    copies are added in order."""
 
-    dbias_shape : (B or 1, Hq or 1, Sq or 1, Sk or 1) or None
-    dslopes_shape : (B or 1, Hq) or None
-    asked : which arrays of aux get a gradient
+    def __init__(self, record: Record, problem: Problem, given: Backward, wanted: Wanted, heads: int) -> None:
+        """Made of zeros, and written into the record; heads: as in _Schedule."""
+        self.asked, self.aux = given.asked, problem.aux
+        self.whole_bias = wanted.bias_shape == (*problem.q.shape[:3], problem.kv_len)  # no sum: a number for each pair
+        summed = [a.shape for a, asked in zip(problem.aux, self.asked, strict=False) if asked]
+        summed += [wanted.slopes_shape] if wanted.slopes_shape is not None else []
+        summed += [wanted.bias_shape] if wanted.bias_shape is not None and not self.whole_bias else []
+        self.any = bool(summed)
+        total = 8 * sum(int(np.prod(shape)) for shape in summed)
+        if total * heads * RANGES <= MOST_SUMS:
+            per_head, per_range, self.units = RANGES, 1, heads * RANGES
+        elif total * heads <= MOST_SUMS:
+            per_head, per_range, self.units = 1, 0, heads
+        else:
+            per_head, per_range, self.units = 0, 0, 1
+        record["unit_of_head"], record["unit_of_range"] = per_head, per_range
+        self.dbias = None if wanted.bias_shape is None else self._bias(record, wanted.bias_shape, problem.acc)
+        self.dslopes = None if wanted.slopes_shape is None else self._slopes(record, wanted.slopes_shape)
+        self.daux = self._aux(record, problem) if any(self.asked) else [None] * len(self.aux)
 
-    Returns
-    -------
-    dbias, dslopes, daux : arrays of float64 or of the accumulation type
-    deltas : (B, Hq, Sq), rowsum(dout out) - dlse
-    """
-    call = _prepared(problem)
-    elem, acc, heads = call.elem, problem.acc, call.heads
-    record = Record(call.record.numbers, tuple(call.record.keep))
-    batch, q_heads, q_len, qk = problem.q.shape
-    kv_len, dv_dim = problem.kv_len, problem.v_dim
-    halves = is_half(problem.dtype)
-    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
-    for name, array in arrays.items():
-        record.set_array(name, array.view(np.uint16) if halves else array)
-    record.set_array("lse", lse)
-    if dlse is not None:
-        record.set_array("dlse", dlse)
-    stats = np.empty((2, batch, q_heads, q_len), acc)
-    record["log_sums"] = at = stats.ctypes.data
-    record["deltas"] = at + stats.strides[0]
-    n_threads = 1 if call.work <= SERIAL_FLOPS else threads.usable()
+    def _zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros((self.units, *shape))
 
-    aux_shapes = [a.shape for a, wanted in zip(problem.aux, asked, strict=False) if wanted]
-    whole_bias = dbias_shape == (batch, q_heads, q_len, kv_len)
-    shapes = [*aux_shapes] + [dslopes_shape] * (dslopes_shape is not None)
-    shapes += [dbias_shape] * (dbias_shape is not None and not whole_bias)
-    sums = _Sums([int(np.prod(shape)) for shape in shapes if shape is not None], heads)
-    record["unit_of_head"], record["unit_of_range"] = sums.per_head, sums.per_range
-    dbias: np.ndarray | None = None
-    dslopes: np.ndarray | None = None
-    if dbias_shape is not None and whole_bias:
-        dbias = np.zeros(dbias_shape, acc)
-        record["dbias_whole"] = 1
-        record.set_array("dbias", dbias)
-    elif dbias_shape is not None:
-        dbias = sums.zeros(dbias_shape)
+    def _bias(self, record: Record, shape: tuple[int, ...], acc: type) -> np.ndarray:
+        if self.whole_bias:
+            dbias: np.ndarray = np.zeros(shape, acc)
+            record["dbias_whole"] = 1
+            record.set_array("dbias", dbias)
+            return dbias
+        dbias = self._zeros(shape)
         record["dbias"], record["dbias_unit"] = dbias.ctypes.data, dbias.strides[0]
-        for axis, stride in zip("bhij", _strides(dbias_shape), strict=True):
+        for axis, stride in zip("bhij", _strides(shape), strict=True):
             record[f"dbias_{axis}"] = stride
-    if dslopes_shape is not None:
-        dslopes = sums.zeros(dslopes_shape)
+        return dbias
+
+    def _slopes(self, record: Record, shape: tuple[int, ...]) -> np.ndarray:
+        dslopes = self._zeros(shape)
         record["dslopes"], record["dslopes_unit"] = dslopes.ctypes.data, dslopes.strides[0]
-        record["dslopes_b"] = _strides(dslopes_shape)[0]
-    daux: list[np.ndarray | None] = [None] * len(problem.aux)
-    if any(asked):
-        table = np.zeros((sums.units, 1 + len(problem.aux)), np.int64)
-        for n, wanted in enumerate(asked):
-            if wanted:
-                daux[n] = array = sums.zeros(problem.aux[n].shape)
-                table[:, 1 + n] = array.ctypes.data + np.arange(sums.units) * array.strides[0]
-        record["aux_grad"] = tile_function(problem.score_mod, "aux_grad", elem, problem.aux, asked=asked)
-        record["aux_sums"], record["aux_sums_unit"] = table.ctypes.data, table.strides[0]
+        record["dslopes_b"] = _strides(shape)[0]
+        return dslopes
 
-    if shapes and sums.units == 1:
-        n_threads = 1
-    one_by_one = 0 if n_threads == 1 or (shapes and sums.units == heads) else min(n_threads, heads)
-    if heads >= n_threads:  # each thread has a head anyway: dealing out the last ones must not take much memory
-        one_by_one = min(one_by_one, MOST_SUMS // (RANGES * call.head_size * np.dtype(acc).itemsize + 1))
-    partial: np.ndarray = np.empty((one_by_one * RANGES, call.head_size), acc)
-    done = np.zeros(one_by_one, np.int64)
-    record["whole"], record["partial"], record["done"] = heads - one_by_one, partial.ctypes.data, done.ctypes.data
-    copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
-    offsets = _layout(
-        elem,
-        qk,
-        dv_dim,
-        range_keys(elem, max(qk, dv_dim), call.longest),
-        call.head_size if one_by_one < heads else 0,
-        Needs(
-            copies=copies,
-            bias=problem.bias is not None,
-            modified=problem.score_mod is not None or problem.softcap != 0.0,
-            drop=problem.dropout_p > 0,
-        ),
-    )
-    for name, offset in offsets.items():
-        record[name] = offset
+    def _aux(self, record: Record, problem: Problem) -> list[np.ndarray | None]:
+        daux = [self._zeros(a.shape) if asked else None for a, asked in zip(self.aux, self.asked, strict=True)]
+        self.table = np.zeros((self.units, 1 + len(daux)), np.int64)  # a status, and the address of each sum
+        for n, array in enumerate(daux):
+            if array is not None:
+                self.table[:, 1 + n] = array.ctypes.data + np.arange(self.units) * array.strides[0]
+        elem = elem_of(problem.dtype)
+        record["aux_grad"] = tile_function(problem.score_mod, "aux_grad", elem, self.aux, asked=self.asked)
+        record["aux_sums"], record["aux_sums_unit"] = self.table.ctypes.data, self.table.strides[0]
+        return daux
 
-    if call.queries < batch * q_len:
-        dq[...] = 0
-    if call.keys < batch * kv_len:
-        dk[...] = 0
-        dv[...] = 0
-    run_drain(record, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
-    run_drain(record, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
-
-    if any(asked) and table[:, 0].any():
-        status = int(table[table[:, 0] != 0, 0][0])
+    def check(self) -> None:
+        """Raise ValueError where the kernel could not give a gradient of aux."""
+        if not any(self.asked) or not (failed := self.table[self.table[:, 0] != 0, 0]).size:
+            return
+        status = int(failed[0])
         if status < 0:
             raise ValueError(f"score_mod reads outside aux[{-1 - status}]")
         raise ValueError(
             f"score_mod reads not exactly one element of aux[{status - 1}], whose gradient its own grad is to give; "
             "leave grad out, and the function itself is differentiated"
         )
-    return (
-        dbias if dbias is None or whole_bias else dbias.sum(axis=0),
-        None if dslopes is None else dslopes.sum(axis=0),
-        tuple(None if a is None else np.asarray(a.sum(axis=0)) for a in daux),
-        stats[1],
+
+    def reduced(self, deltas: np.ndarray) -> Reduced:
+        """The copies added up."""
+        return Reduced(
+            self.dbias if self.dbias is None or self.whole_bias else self.dbias.sum(axis=0),
+            None if self.dslopes is None else self.dslopes.sum(axis=0),
+            tuple(None if a is None else np.asarray(a.sum(axis=0)) for a in self.daux),
+            deltas,
+        )
+
+
+def backward(problem: Problem, given: Backward, wanted: Wanted) -> Reduced:
+    """Run the backward kernels on (B, H, S, D) and (B, H, S) views; writes dq, dk and dv. given.dlse is of the
+    accumulation type."""
+    schedule, elem, acc = _schedule(problem.sequences, sizes_of(problem)), elem_of(problem.dtype), problem.acc
+    batch, q_heads, q_len, _ = problem.q.shape
+    record = describe(problem, schedule.record, "score_grad")
+    record["scale"] = problem.scale
+    _add_arrays(record, problem, given, wanted)
+    stats = np.empty((2, batch, q_heads, q_len), acc)
+    record["log_sums"] = at = stats.ctypes.data
+    record["deltas"] = at + stats.strides[0]
+    sums, heads = _Sums(record, problem, given, wanted, schedule.heads), schedule.heads
+
+    n_threads = 1 if schedule.work <= SERIAL_FLOPS or (sums.any and sums.units == 1) else threads.usable()
+    one_by_one = 0 if n_threads == 1 or (sums.any and sums.units == heads) else min(n_threads, heads)
+    if heads >= n_threads:  # each thread has a head anyway: dealing out the last ones must not take much memory
+        one_by_one = min(one_by_one, MOST_SUMS // (RANGES * schedule.head_size * np.dtype(acc).itemsize + 1))
+    partial: np.ndarray = np.empty((one_by_one * RANGES, schedule.head_size), acc)
+    done = np.zeros(one_by_one, np.int64)
+    record["whole"], record["partial"], record["done"] = heads - one_by_one, partial.ctypes.data, done.ctypes.data
+    record.put(_buffers(problem, schedule, one_by_one < heads))
+
+    if schedule.idle_queries:
+        wanted.dq[...] = 0
+    if schedule.idle_keys:
+        wanted.dk[...] = 0
+        wanted.dv[...] = 0
+    run_drain(record, delta_address(elem), batch * q_heads * -(-q_len // tile_rows(elem)), n_threads)
+    run_drain(record, drain_address(elem), heads - one_by_one + one_by_one * RANGES, n_threads)
+    sums.check()
+    return sums.reduced(stats[1])
+
+
+def _add_arrays(record: Record, problem: Problem, given: Backward, wanted: Wanted) -> None:
+    """The arrays with rows of head size, lse and dlse."""
+    halves = is_half(problem.dtype)
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": given.out, "dout": given.dout}
+    for name, array in (arrays | {"dq": wanted.dq, "dk": wanted.dk, "dv": wanted.dv}).items():
+        record.set_array(name, array.view(np.uint16) if halves else array)
+    record.set_array("lse", given.lse)
+    if given.dlse is not None:
+        record.set_array("dlse", given.dlse)
+
+
+def _buffers(problem: Problem, schedule: _Schedule, whole_heads: bool) -> Fields:
+    """The layout of a thread's memory; whole_heads: some head is taken by one thread alone."""
+    elem, head_dim = elem_of(problem.dtype), max(problem.qk_dim, problem.v_dim)
+    copies = is_half(problem.dtype) or not (rows_in_place(problem.k) and rows_in_place(problem.v))
+    return _layout(
+        elem,
+        problem.qk_dim,
+        problem.v_dim,
+        range_keys(elem, head_dim, schedule.longest),
+        schedule.head_size if whole_heads else 0,
+        Needs(
+            copies=copies,
+            bias=problem.bias is not None,
+            modified=problem.score_mod is not None or problem.softcap != 0.0,
+            drop=problem.dropout_p > 0,
+        ),
     )

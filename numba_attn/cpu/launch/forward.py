@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba.core import types
 
+from ...mask.shape import K_LEN, Q_LEN
 from .. import threads
-from ..call import SEQUENCE
 from ..compile import array_type, compile_cfunc, compile_entry
 from ..forward import FLUSH, MAX_QUERIES, MAX_QUERIES_COPY, build, key_block, layout
 from ..simd import call_address
@@ -19,13 +19,18 @@ from .record import (
     INDEX,
     N_FIELDS,
     SERIAL_FLOPS,
+    Fields,
     Record,
+    Sizes,
     count_tiles,
     describe,
     elem_of,
     is_half,
+    kept,
     longest_first,
     rows_in_place,
+    sized,
+    sizes_of,
     tile_width,
 )
 
@@ -33,27 +38,59 @@ if TYPE_CHECKING:
     from ...plan import Problem
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How a call's work is cut: what sizes alone decide."""
+_NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float32), ("f64", np.float64))}
 
-    sequences: np.ndarray
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How queries are cut into work items."""
+
     first_item: np.ndarray  # the first work item of each sequence, and their number
     fields: dict[str, int]  # of the CALL record
-    flops: float
     fill: bool  # some query is in no sequence
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Launch:
-    """A call without its q, k, v, out and lse: reusable as long as nothing else of it is call data."""
+    """What sizes alone decide of a call: how its work is cut, and who does it."""
 
     elem: str
     halves: bool  # float16 and bfloat16 enter the kernel as uint16
     kernel: Any  # the entry kernel for the dtype
     drain: int  # the address of the worker
-    schedule: Schedule
-    record: Record
+    sized: Record  # what sizes say of the CALL record
+    n_items: int
+    scratch: int  # bytes of a thread's memory
+    flops: float
+    fill: bool  # some query is in no sequence
+
+    def filled_in(self, problem: Problem) -> Record:
+        """The record of a problem, but for the arrays that `run` adds."""
+        return describe(problem, self.sized)
+
+    def run(
+        self, record: Record, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, lse: np.ndarray | None
+    ) -> None:
+        """Run the forward kernel on (B, H, S, D) views; writes out, and lse if there is one.
+
+        record: the problem's, of `filled_in`.
+        """
+        if self.fill:
+            out[...] = 0
+            if lse is not None:
+                lse[...] = -np.inf
+        if self.halves:
+            q, k, v, out = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
+        if lse is None:
+            lse = _NO_LSE[self.elem]
+        n = 1
+        if self.flops > SERIAL_FLOPS and self.n_items > 1:
+            n = min(threads.usable(), self.n_items)
+        call = np.empty(N_FIELDS + CALL_EXTRA + n * self.scratch // 8, np.int64)
+        if n == 1:
+            self.kernel(q, k, v, out, lse, record.numbers, call, self.drain)
+        else:
+            threads.run(self.kernel(q, k, v, out, lse, record.numbers, call, 0), self.drain, n)
 
 
 @cache
@@ -80,7 +117,7 @@ def _entry(q, k, v, out, lse, template, call, drain):
             v.strides[x],
             out.strides[x],
         )
-    if template[_LSE]:
+    if lse.size:
         call[_LSE] = lse.ctypes.data
         for x in range(3):
             call[_LB + x] = lse.strides[x]
@@ -106,93 +143,57 @@ def entry(storage: np.dtype[Any]):
     )
 
 
-def prepare(problem: Problem, want_lse: bool) -> Launch:
-    """The record of a call, but for the arrays that `run` adds."""
-    elem = elem_of(problem.dtype)
-    halves = is_half(problem.dtype)
+def prepare(problem: Problem) -> Launch:
+    """The launch of a problem: kept for others of its sizes."""
     # Only a matter of speed: a launch is used again for arrays with other strides.
-    copies = halves or not (rows_in_place(problem.k) and rows_in_place(problem.v))
-    schedule = _schedule(
-        _Sizes(elem, copies, tile_width(elem, problem.left, problem.right), problem.q.shape, problem.k.shape),
-        problem.v_dim,
-        (problem.left, problem.right),
-        problem.bias is not None,
-        problem.sequences.tobytes(),
-    )
-    record = describe(problem, elem, schedule.sequences)
-    for name, number in schedule.fields.items():
-        record[name] = number
-    record.points_to("first_item", schedule.first_item)
-    record["lse"] = want_lse
+    copies = is_half(problem.dtype) or not (rows_in_place(problem.k) and rows_in_place(problem.v))
+    return _prepared(problem.sequences, sizes_of(problem), copies, problem.bias is not None)
+
+
+@kept
+def _prepared(sequences: np.ndarray, sizes: Sizes, copies: bool, bias: bool) -> Launch:
+    """copies: blocks of k and v are copied before they are read."""
+    sequences, elem, halves = longest_first(sequences), elem_of(sizes.dtype), is_half(sizes.dtype)
+    q_lens, k_lens = sequences[:, Q_LEN], sequences[:, K_LEN]
+    tiling = _tiling(q_lens, sizes, copies, bias)
+    record = sized(sequences, sizes)
+    record.put(Fields(tiling.fields))
+    record.points_to("first_item", tiling.first_item)
+    kv_len = sizes.k[2]
+    span = min(sizes.left, kv_len) + min(sizes.right, kv_len) + 1
+    pairs = float((q_lens * np.minimum(k_lens, span)).sum()) * sizes.q[1]
     return Launch(
         elem=elem,
         halves=halves,
-        kernel=entry(np.dtype(np.uint16) if halves else problem.dtype),
+        kernel=entry(np.dtype(np.uint16) if halves else sizes.dtype),
         drain=drain_address(elem),
-        schedule=schedule,
-        record=record,
+        sized=record,
+        n_items=tiling.fields["n_items"],
+        scratch=tiling.fields["scratch"],
+        flops=2.0 * pairs * (sizes.q[3] + sizes.v_dim),
+        fill=tiling.fill,
     )
 
 
-class _Sizes(NamedTuple):
-    """The sizes of a call that decide its tiles."""
-
-    elem: str
-    copies: bool  # blocks of k and v are copied before they are read
-    rows: int  # queries of a tile
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-
-
-@lru_cache(512)
-def _schedule(sizes: _Sizes, v_dim: int, window: tuple[int, int], bias: bool, table: bytes) -> Schedule:
-    """Work items, tiles and scratch memory; `table` holds the problem's sequences."""
-    batch, q_heads, q_len, qk_dim = sizes.q
+@kept
+def _tiling(q_lens: np.ndarray, sizes: Sizes, copies: bool, bias: bool) -> Tiling:
+    """The part of a launch that does not depend on the lengths of the keys, which grow from call to call where a
+    text is written."""
+    batch, _, q_len, qk_dim = sizes.q
     _, kv_heads, kv_len, _ = sizes.k
-    sequences = longest_first(np.frombuffer(table, np.int64).reshape(-1, SEQUENCE.itemsize // 8))
-    q_lens, k_lens = sequences[:, 2], sequences[:, 4]
-    tiles = count_tiles(q_lens, sizes.rows, q_heads // kv_heads)
+    elem, rows = elem_of(sizes.dtype), tile_width(elem_of(sizes.dtype), sizes.left, sizes.right)
+    tiles = count_tiles(q_lens, rows, sizes.group)
     n_threads = threads.numba.config.NUMBA_NUM_THREADS
-    most = (MAX_QUERIES_COPY if sizes.copies else MAX_QUERIES) // sizes.rows
+    most = (MAX_QUERIES_COPY if copies else MAX_QUERIES) // rows
     share = min(most, max(1, int(tiles.sum()) * kv_heads // (8 * n_threads)))
     fine = 2 * n_threads if n_threads > 1 else 0
     items = (np.minimum(tiles, fine) + -(-np.maximum(tiles - fine, 0) // share)) * kv_heads
-    first_item = np.zeros(len(sequences) + 1, np.int64)
+    first_item = np.zeros(len(q_lens) + 1, np.int64)
     np.cumsum(items, out=first_item[1:])
-
-    span = min(window[0], kv_len) + min(window[1], kv_len) + 1
-    pairs = float((q_lens * np.minimum(k_lens, span)).sum()) * q_heads
-    fields = {"tile_rows": sizes.rows, "block": key_block(sizes.elem, qk_dim), "tiles": share, "fine": fine}
-    fields |= layout(sizes.elem, share, qk_dim, v_dim, kv_len > FLUSH, bias)
-    return Schedule(
-        sequences=sequences,
+    fields = {"tile_rows": rows, "block": key_block(elem, qk_dim), "tiles": share, "fine": fine}
+    fields |= layout(elem, share, qk_dim, sizes.v_dim, kv_len > FLUSH, bias)
+    return Tiling(
         first_item=first_item,
         fields=fields | {"n_items": int(first_item[-1])},
-        flops=2.0 * pairs * (qk_dim + v_dim),
         fill=int(q_lens.sum()) < batch * q_len,
     )
-
-
-_NO_LSE = {elem: np.empty((0, 0, 0), dtype) for elem, dtype in (("f32", np.float32), ("f64", np.float64))}
-
-
-def run(launch: Launch, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, lse: np.ndarray | None) -> None:
-    """Run the forward kernel on (B, H, S, D) views; writes out, and lse if the launch was prepared for one."""
-    schedule, n_items = launch.schedule, launch.schedule.fields["n_items"]
-    if schedule.fill:
-        out[...] = 0
-        if lse is not None:
-            lse[...] = -np.inf
-    if launch.halves:
-        q, k, v, out = q.view(np.uint16), k.view(np.uint16), v.view(np.uint16), out.view(np.uint16)
-    if lse is None:
-        lse = _NO_LSE[launch.elem]
-    n = 1
-    if schedule.flops > SERIAL_FLOPS and n_items > 1:
-        n = min(threads.usable(), n_items)
-    template = launch.record.numbers
-    call = np.empty(N_FIELDS + CALL_EXTRA + n * schedule.fields["scratch"] // 8, np.int64)
-    if n == 1:
-        launch.kernel(q, k, v, out, lse, template, call, launch.drain)
-    else:
-        threads.run(launch.kernel(q, k, v, out, lse, template, call, 0), launch.drain, n)
