@@ -94,12 +94,6 @@ class Problem(NamedTuple):
         return int(self.v.shape[3])
 
 
-# The options of which each call brings its own numbers or addresses: a plan knows whether they are given, by their
-# types. So is an align that is no name. All others are settings, known by their values.
-_FILLED_IN = frozenset(
-    ("mask", "bias", "scale", "softcap", "alibi_slopes", "sinks", "score_mod", "aux", "dropout_p", "seed", "out")
-)
-
 _Step = Callable[["Plan", Mapping[str, Any]], dict[str, Any]]
 
 
@@ -318,7 +312,7 @@ def _dropout(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"dropout_p": p, "seed": number}
 
 
-# Of the options that need one, whatever else is given.
+# The options of which each call brings its own numbers or addresses. Their types alone are kinds.
 _STEPS: dict[tuple[str, ...], _Step] = {
     ("scale",): _scale,
     ("softcap",): _softcap,
@@ -328,6 +322,7 @@ _STEPS: dict[tuple[str, ...], _Step] = {
     ("score_mod", "aux"): _score_mod,
     ("dropout_p", "seed"): _dropout,
 }
+_FILLED_IN = frozenset({"mask", "out"}.union(*_STEPS))  # and an align that is no name; others are settings
 
 
 # --- the checks that kinds decide -------------------------------------------------------------------------------------

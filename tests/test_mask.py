@@ -21,7 +21,7 @@ from numba_attn.mask import Mask, causal, intervals, lengths, mask_mod, prefix, 
 from numba_attn.mask.lowering import unused_align
 from numba_attn.mask.parts import Aligned, MaskMod, Part, dense
 from numba_attn.mask.shape import Shape, check_align
-from numba_attn.plan import OPEN, Problem, keyword_parts, resolve
+from numba_attn.plan import OPEN, Problem, keyword_parts, resolve, window_part
 
 
 def expanded(p: Problem) -> np.ndarray:
@@ -235,7 +235,7 @@ def test_bounds_equal_formulas_in_the_table(case: Case) -> None:
     """Without numbers: a wrong lowering is seen as such, and not as a large error of a kernel."""
     (q, k, v), options = build(case)
     p = resolve(q, k, v, **options)
-    parts = keyword_parts(options.get("causal", False), options.get("window"), options.get("mask"))
+    parts = keyword_parts(options.get("causal", False), window_part(options), options.get("mask"))
     shape = Shape(p.batch, p.q_heads, p.q_len, p.kv_len, 4 - q.ndim)
     want = dense(parts, check_align(options.get("align"), "align"), shape)
     check_bounds(p, want, parts)
