@@ -105,14 +105,15 @@ def chains(a: np.ndarray, b: np.ndarray, block: int, step: int = 1) -> np.ndarra
     """The squares of a @ b: each product and each partial sum of a block is rounded, then, twice a block, the running
     sum, which may be rescaled. step: blocks of that size at least meet the running sum."""
     shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    whole, squares, n = np.zeros(shape), a**2 @ b**2, a.shape[-1]
-    for first in range(0, n, block):
-        part = np.zeros(shape)
-        for m in range(first, min(first + block, n)):
-            part += a[..., :, m, None] * b[..., None, m, :]
-            squares += part * part
+    squares, whole, part, one = a**2 @ b**2, np.zeros(shape), np.empty(shape), np.empty(shape)
+    for first in range(0, a.shape[-1], block):
+        part[...] = 0.0
+        for m in range(first, min(first + block, a.shape[-1])):
+            part += np.multiply(a[..., :, m, None], b[..., None, m, :], out=one)
+            squares += np.multiply(part, part, out=one)
             if step > 1 and (m + 1) % step == 0:
-                squares += (whole + part) ** 2
+                np.add(whole, part, out=one)
+                squares += np.multiply(one, one, out=one)
         whole += part
         squares += 2 * whole * whole
     return squares
@@ -124,8 +125,10 @@ def t(x: np.ndarray) -> np.ndarray:
 
 def moved(weight: np.ndarray, factor: np.ndarray | float, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """sum_j weight[i, j] (factor[i, j] x[j, d] - mean[i, d])**2"""
-    weighted = weight * factor
-    total = (weighted * factor) @ x**2 - 2 * mean * (weighted @ x) + mean**2 * weight.sum(-1, keepdims=True)
+    weighted, twice = (
+        (weight, weight) if isinstance(factor, float) and factor == 1 else (weight * factor, weight * factor**2)
+    )
+    total = twice @ x**2 - 2 * mean * (weighted @ x) + mean**2 * weight.sum(-1, keepdims=True)
     return np.maximum(total, 0.0)
 
 
