@@ -1,11 +1,15 @@
-"""What pytest needs to know beyond pyproject.toml: two markers, --quick and --ladder."""
+"""What pytest needs to know beyond pyproject.toml: two markers, --quick, --ladder and --share."""
 
 import pytest
+import seeds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="skip the tests marked slow or processes")
     parser.addoption("--ladder", action="store_true", help="also the CUDA tests that take hours in the emulator")
+    parser.addoption(
+        "--share", type=int, default=1, metavar="N", help="every N-th test, others for another NUMBA_ATTN_TEST_SEED"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -14,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    n = config.getoption("--share")
+    items[:] = items[seeds.SHIFT % n :: n]
     if not config.getoption("--ladder"):
         hours = pytest.mark.skip(reason="takes long in the emulator: --ladder")
         for item in items:

@@ -2,6 +2,7 @@
 
     python tests/matrix.py                          20 seeds x 3 SIMD rows, the BLAS kernels taken in turns
     python tests/matrix.py --full                   every seed with every BLAS kernel
+    python tests/matrix.py --share 5                each test with every fifth seed: a fifth of the time
     python tests/matrix.py --seeds 3 --tests tests/test_attention.py -- -k plain
 
 A seed is NUMBA_ATTN_TEST_SEED (seeds.py), a row NUMBA_ATTN_SIMD, a BLAS kernel OPENBLAS_CORETYPE. A row or a kernel
@@ -100,6 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="how many (default 20)")
     parser.add_argument("--full", action="store_true", help="every seed with every BLAS kernel")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="each test with every N-th seed")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests")
     parser.add_argument("pytest", nargs="*", help="what pytest is given besides, behind --")
     args = parser.parse_args()
@@ -114,7 +116,7 @@ def main() -> int:
         environment = os.environ | {"NUMBA_ATTN_TEST_SEED": str(run.seed), "NUMBA_ATTN_SIMD": run.row}
         if run.blas:
             environment["OPENBLAS_CORETYPE"] = run.blas
-        command = [sys.executable, "-m", "pytest", "-q", "--quick", "--durations=0", *args.tests, *args.pytest]
+        command = [sys.executable, "-m", "pytest", "-q", "--quick", f"--share={args.share}", *args.tests, *args.pytest]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
