@@ -12,6 +12,7 @@ Some targets and passes detect an index outside the array before the read. They 
 import math
 import operator
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -51,7 +52,17 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
     wrapped : kinds -> function (arrays, dots, record) -> arrays, each wrapped as kinds says: an Aux type, or None where
         it stays as it is
     """
+    Aux = _type(d, element)
+    _register_model(target, Aux)
+    _register_index(target, t, d, Aux)
+    _register_attributes(target, Aux)
+    return SimpleNamespace(Aux=Aux, cells=_cells(target), wrapped=_wrapped(target))
 
+
+# ---------------------------------------------------------------- the type
+
+
+def _type(d, element):
     class Aux(types.Type):
         """An array of aux, or its rows behind the first indices.
 
@@ -73,35 +84,43 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
             array, dot = (a and array_type(a.dtype, a.ndim - given, a.aligned) for a in (self.array, self.dot))
             return Aux(self.elem, self.how, self.n, array, dot)
 
-    def checked(kind):
-        """Whether the model has `first`: the first element of the rows, or OUTSIDE if an index was outside."""
-        return kind.how != "number" or target.guarded
+    return Aux
 
+
+def _checked(target, kind):
+    """Whether the model has `first`: the first element of the rows, or OUTSIDE if an index was outside."""
+    return kind.how != "number" or target.guarded
+
+
+def _noted(kind):
+    """Whether the model has the record."""
+    return kind.how != "number"
+
+
+def _register_model(target, Aux):
     @target.register_model(Aux)
     class AuxModel(target.models.StructModel):
         def __init__(self, dmm, fe_type):
             members = [("array", fe_type.array)]
-            if checked(fe_type):
+            if _checked(target, fe_type):
                 members.append(("first", types.intp))
-            if fe_type.how != "number":
+            if _noted(fe_type):
                 members.append(("record", target.record))
             super().__init__(dmm, fe_type, members + ([("dot", fe_type.dot)] if fe_type.dot else []))
 
-    def rows_of(context, builder, kind, to, array, indices):
-        """array[indices] as an array of type `to`."""
-        data, given = _item(context, builder, kind, array, indices), len(indices)
-        array = context.make_array(kind)(context, builder, value=array)
-        rows = context.make_array(to)(context, builder)
-        target.populate_array(
-            rows,
-            data=data,
-            shape=cgutils.unpack_tuple(builder, array.shape, kind.ndim)[given:],
-            strides=cgutils.unpack_tuple(builder, array.strides, kind.ndim)[given:],
-            itemsize=array.itemsize,
-            meminfo=None,
-        )
-        return rows._getvalue()
 
+# ---------------------------------------------------------------- aux[i], aux[i, j]
+
+
+class _Place(NamedTuple):
+    """Where an index leads, as LLVM values."""
+
+    indices: list[Any]  # of the axes that it names, from 0 on; if it is checked and outside, 0
+    flat: Any  # the element there, in C order, of those that are indexed; if it is checked and outside, OUTSIDE
+    inside: Any
+
+
+def _register_index(target, t, d, Aux):
     @target.infer_global(operator.getitem)
     class AuxAt(target.AbstractTemplate):
         def generic(self, args, kws):
@@ -122,62 +141,113 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
     @target.lower_builtin(operator.getitem, Aux, types.BaseTuple)
     def aux_at(context, builder, sig, args):
         kind, at = sig.args
-        noted, check = kind.how != "number", checked(kind)
         aux = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
         given = cgutils.unpack_tuple(builder, args[1], len(at)) if isinstance(at, types.BaseTuple) else [args[1]]
-        array = context.make_array(kind.array)(context, builder, value=aux.array)
-        indices, flat, inside = [], aux.first if check else I64(0), ir.Constant(ir.IntType(1), 1)
-        for i, n in zip(given, cgutils.unpack_tuple(builder, array.shape, kind.ndim), strict=False):
-            i = builder.select(builder.icmp_signed("<", i, I64(0)), builder.add(i, n), i)
-            within = builder.icmp_unsigned("<", i, n)
-            inside = builder.and_(inside, within)
-            flat = builder.add(builder.mul(flat, n), i)
-            indices.append(builder.select(within, i, I64(0)) if check else i)
-        if check:  # rows of an index outside are outside too
-            inside = builder.and_(inside, builder.icmp_signed(">=", aux.first, I64(0)))
-            flat = builder.select(inside, flat, I64(OUTSIDE))
+        place = _place(context, builder, kind, aux, given, _checked(target, kind))
         if len(given) < kind.ndim:
-            to = sig.return_type
-            rows = cgutils.create_struct_proxy(to)(context, builder)
-            rows.array = rows_of(context, builder, kind.array, to.array, aux.array, indices)
-            if check:
-                rows.first = flat
-            if noted:
-                rows.record = aux.record
-            if kind.dot:
-                rows.dot = rows_of(context, builder, kind.dot, to.dot, aux.dot, indices)
-            return rows._getvalue()
+            return _rows(target, context, builder, (kind, sig.return_type), aux, place)
+        return _element(target, t, d, context, builder, (kind, sig.return_type), aux, place)
 
-        at = _item(context, builder, kind.array, aux.array, indices)
-        value = target.load_item(context, builder, kind.array, at)
-        if check and not noted:
-            missing = math.nan if isinstance(kind.array.dtype, types.Float) else 0
-            value = builder.select(inside, value, ir.Constant(value.type, missing))
-        cell = lambda n: builder.gep(aux.record, [I64(n)])  # noqa: E731
-        tangent = None
-        if kind.dot:
-            dot = _item(context, builder, kind.dot, aux.dot, indices)
-            tangent = target.load_item(context, builder, kind.dot, dot)
-        if kind.how == "seed":
-            reads = builder.load(cell(READS))
-            asked = builder.icmp_signed("==", reads, builder.load(cell(SEED)))
-            builder.store(builder.add(reads, I64(1)), cell(READS))
-            for n, new in ((ARRAY, I64(kind.n)), (ELEMENT, flat)):
-                builder.store(builder.select(asked, new, builder.load(cell(n))), cell(n))
-            tangent = builder.uitofp(asked, F32 if kind.elem == "f32" else F64)
-        elif kind.how == "trace":
-            old = builder.load(cell(2 * kind.n))
-            same = builder.or_(builder.icmp_signed("==", old, I64(UNREAD)), builder.icmp_signed("==", old, flat))
-            builder.store(builder.select(same, flat, I64(SEVERAL)), cell(2 * kind.n))
-            if kind.dot:
-                wide = context.cast(builder, tangent, kind.dot.dtype, types.float64)
-                builder.store(builder.bitcast(wide, I64), cell(2 * kind.n + 1))
-        elif kind.how == "dot":
-            tangent = context.cast(builder, tangent, kind.dot.dtype, t.Score(kind.elem))
-        if kind.how in ("number", "trace"):
-            return context.cast(builder, value, kind.array.dtype, sig.return_type)
-        return d.pack(builder, context.cast(builder, value, kind.array.dtype, t.Score(kind.elem)), tangent)
 
+def _place(context, builder, kind, aux, given, check):
+    array = context.make_array(kind.array)(context, builder, value=aux.array)
+    indices, flat, inside = [], aux.first if check else I64(0), ir.Constant(ir.IntType(1), 1)
+    for i, n in zip(given, cgutils.unpack_tuple(builder, array.shape, kind.ndim), strict=False):
+        i = builder.select(builder.icmp_signed("<", i, I64(0)), builder.add(i, n), i)
+        within = builder.icmp_unsigned("<", i, n)
+        inside = builder.and_(inside, within)
+        flat = builder.add(builder.mul(flat, n), i)
+        indices.append(builder.select(within, i, I64(0)) if check else i)
+    if check:  # rows of an index outside are outside too
+        inside = builder.and_(inside, builder.icmp_signed(">=", aux.first, I64(0)))
+        flat = builder.select(inside, flat, I64(OUTSIDE))
+    return _Place(indices, flat, inside)
+
+
+def _rows(target, context, builder, kinds, aux, place):
+    """The rows at a place. kinds: of the array and of the rows."""
+    kind, to = kinds
+    rows = cgutils.create_struct_proxy(to)(context, builder)
+    rows.array = _array_rows(target, context, builder, (kind.array, to.array), aux.array, place.indices)
+    if _checked(target, kind):
+        rows.first = place.flat
+    if _noted(kind):
+        rows.record = aux.record
+    if kind.dot:
+        rows.dot = _array_rows(target, context, builder, (kind.dot, to.dot), aux.dot, place.indices)
+    return rows._getvalue()
+
+
+def _array_rows(target, context, builder, kinds, array, indices):
+    """array[indices] as an array. kinds: of the array and of the rows."""
+    kind, to = kinds
+    data, given = _item(context, builder, kind, array, indices), len(indices)
+    array = context.make_array(kind)(context, builder, value=array)
+    rows = context.make_array(to)(context, builder)
+    target.populate_array(
+        rows,
+        data=data,
+        shape=cgutils.unpack_tuple(builder, array.shape, kind.ndim)[given:],
+        strides=cgutils.unpack_tuple(builder, array.strides, kind.ndim)[given:],
+        itemsize=array.itemsize,
+        meminfo=None,
+    )
+    return rows._getvalue()
+
+
+def _element(target, t, d, context, builder, kinds, aux, place):
+    """The element at a place, and what the record wants to know of it. kinds: of the array and of the element."""
+    kind, to = kinds
+    value, dtype, tangent = _load(target, context, builder, kind.array, aux.array, place), kind.array.dtype, None
+    if _checked(target, kind) and not _noted(kind):
+        missing = math.nan if isinstance(dtype, types.Float) else 0
+        value = builder.select(place.inside, value, ir.Constant(value.type, missing))
+    if kind.dot:
+        tangent = _load(target, context, builder, kind.dot, aux.dot, place)
+    if kind.how == "seed":
+        asked = _note_seed(builder, kind, aux.record, place.flat)
+        tangent = builder.uitofp(asked, F32 if kind.elem == "f32" else F64)
+    elif kind.how == "trace":
+        wide = context.cast(builder, tangent, kind.dot.dtype, types.float64) if kind.dot else None
+        _note_trace(builder, kind, aux.record, place.flat, wide)
+    elif kind.how == "dot":
+        tangent = context.cast(builder, tangent, kind.dot.dtype, t.Score(kind.elem))
+    if kind.how in ("number", "trace"):
+        return context.cast(builder, value, dtype, to)
+    return d.pack(builder, context.cast(builder, value, dtype, t.Score(kind.elem)), tangent)
+
+
+def _load(target, context, builder, kind, array, place):
+    return target.load_item(context, builder, kind, _item(context, builder, kind, array, place.indices))
+
+
+def _cell(builder, record, n):
+    return builder.gep(record, [I64(n)])
+
+
+def _note_seed(builder, kind, record, flat):
+    """Count a read; whether it is the one that is asked for, of which array and element are noted."""
+    reads = builder.load(_cell(builder, record, READS))
+    asked = builder.icmp_signed("==", reads, builder.load(_cell(builder, record, SEED)))
+    builder.store(builder.add(reads, I64(1)), _cell(builder, record, READS))
+    for n, new in ((ARRAY, I64(kind.n)), (ELEMENT, flat)):
+        builder.store(builder.select(asked, new, builder.load(_cell(builder, record, n))), _cell(builder, record, n))
+    return asked
+
+
+def _note_trace(builder, kind, record, flat, tangent):
+    """Note which element of the array was read, SEVERAL if it was not one, and the tangent if there is one."""
+    old = builder.load(_cell(builder, record, 2 * kind.n))
+    same = builder.or_(builder.icmp_signed("==", old, I64(UNREAD)), builder.icmp_signed("==", old, flat))
+    builder.store(builder.select(same, flat, I64(SEVERAL)), _cell(builder, record, 2 * kind.n))
+    if tangent is not None:
+        builder.store(builder.bitcast(tangent, I64), _cell(builder, record, 2 * kind.n + 1))
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def _register_attributes(target, Aux):
     @target.intrinsic
     def array_of(typingctx, aux):
         def codegen(context, builder, sig, args):
@@ -194,6 +264,8 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
         if isinstance(aux, Aux):
             return lambda aux: len(array_of(aux))
 
+
+def _cells(target):
     def cells(count):
         @target.intrinsic
         def cells(typingctx):
@@ -203,6 +275,22 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
             return target.record(), codegen
 
         return cells
+
+    return cells
+
+
+def _wrapped(target):
+    def one(context, builder, kind, array, record, dots):
+        """An array as Aux; its dot, if it has one, is the next of dots."""
+        aux = cgutils.create_struct_proxy(kind)(context, builder)
+        aux.array = array
+        if _checked(target, kind):
+            aux.first = I64(0)
+        if _noted(kind):
+            aux.record = record
+        if kind.dot:
+            aux.dot = next(dots)
+        return aux._getvalue()
 
     def wrapped(kinds):
         @target.intrinsic
@@ -214,19 +302,11 @@ def build(target: Target, t: SimpleNamespace, d: SimpleNamespace, element) -> Si
                 dot = iter(cgutils.unpack_tuple(builder, args[1], len(dots)))
                 for n, kind in enumerate(kinds):
                     if kind is not None:
-                        aux = cgutils.create_struct_proxy(kind)(context, builder)
-                        aux.array = items[n]
-                        if checked(kind):
-                            aux.first = I64(0)
-                        if kind.how != "number":
-                            aux.record = args[2]
-                        if kind.dot:
-                            aux.dot = next(dot)
-                        items[n] = aux._getvalue()
+                        items[n] = one(context, builder, kind, items[n], args[2], dot)
                 return context.make_tuple(builder, to, items)
 
             return to(arrays, dots, record), codegen
 
         return wrap
 
-    return SimpleNamespace(Aux=Aux, cells=cells, wrapped=wrapped)
+    return wrapped

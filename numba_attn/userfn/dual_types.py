@@ -145,6 +145,25 @@ def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
     numbers : (elem, count) -> function that makes floats of what a hand-written gradient returns
     """
 
+    Dual = _type(t)
+    _register_type(target, t, Dual)
+
+    def with_dual(args, count):
+        """The types that count real arguments take beside a Dual, Dual or Score; None if there is no Dual among
+        them."""
+        given = next((a for a in args if isinstance(a, Dual)), None)
+        if given is None or len(args) != count or not all(isinstance(a, (Dual, *t.real)) for a in args):
+            return None
+        return [a if isinstance(a, Dual) else t.Score(given.elem) for a in args]
+
+    d = SimpleNamespace(Dual=Dual, pack=pack, with_dual=with_dual, **_conversions(target, t, Dual))
+    _register_operators(target, t, Dual, with_dual)
+    _register_functions(target, t, d)
+    _register_powers(target, d)
+    return d
+
+
+def _type(t):
     class Dual(types.Type):
         """A score or an element of aux and its derivative, both of the accumulation type."""
 
@@ -155,6 +174,10 @@ def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
         def unify(self, typingctx, other):
             return self if isinstance(other, t.real) else None
 
+    return Dual
+
+
+def _register_type(target, t, Dual):
     @target.register_model(Dual)
     class DualModel(target.models.PrimitiveModel):
         def __init__(self, dmm, fe_type):
@@ -167,13 +190,9 @@ def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
     def number_to_dual(context, builder, fromty, toty, val):
         return pack(builder, context.cast(builder, val, fromty, t.Score(toty.elem)), None)
 
-    def with_dual(args, count):
-        """The types that count real arguments take beside a Dual, Dual or Score; None if there is no Dual among
-        them."""
-        given = next((a for a in args if isinstance(a, Dual)), None)
-        if given is None or len(args) != count or not all(isinstance(a, (Dual, *t.real)) for a in args):
-            return None
-        return [a if isinstance(a, Dual) else t.Score(given.elem) for a in args]
+
+def _conversions(target, t, Dual):
+    """To a Dual and back, by their names in what `build` returns."""
 
     @target.intrinsic
     def dual(typingctx, value, tangent):
@@ -204,6 +223,16 @@ def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
 
         return convert
 
+    return {
+        "dual": dual,
+        "value_of": half(0),
+        "tangent_of": half(1),
+        "AS_DUAL": {elem: converted(elem) for elem in FLOAT},
+        "numbers": _numbers(target, t),
+    }
+
+
+def _numbers(target, t):
     def numbers(elem, count, found=None):
         """What a user's gradient returns, a number or a tuple of them, as count floats, zeros where it has fewer; how
         many it has is appended to found."""
@@ -226,20 +255,7 @@ def build(target: Target, t: SimpleNamespace) -> SimpleNamespace:
 
         return numbers
 
-    d = SimpleNamespace(
-        Dual=Dual,
-        pack=pack,
-        dual=dual,
-        value_of=half(0),
-        tangent_of=half(1),
-        AS_DUAL={elem: converted(elem) for elem in FLOAT},
-        with_dual=with_dual,
-        numbers=numbers,
-    )
-    _register_operators(target, t, Dual, with_dual)
-    _register_functions(target, t, d)
-    _register_powers(target, d)
-    return d
+    return numbers
 
 
 def _register_functions(target, t, d):

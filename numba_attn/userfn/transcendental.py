@@ -107,115 +107,149 @@ class Math:
     """
 
     def __init__(self, elem: str, names: Names, power: Callable[..., Any], wide_sine: bool):
-        inner, fma, choose, power_of_two, split_float, floor, polynomial = names
-        f32 = elem == "f32"
-        acc = np.float32 if f32 else np.float64
-        magic = acc(1.5 * 2.0 ** (23 if f32 else 52))  # adding it rounds to an integer, held in the low bits
-        log2e, one, two, half, zero = acc(LOG2E), acc(1), acc(2), acc(0.5), acc(0)
-        ln2_high = (
-            acc(0.693145751953125) if f32 else acc(0.6931471803691238)
-        )  # few enough bits that n * ln2_high is exact
-        ln2_low = acc(math.log(2.0) - float(ln2_high)) if f32 else acc(1.9082149292705877e-10)
-        biggest, smallest = (acc(88.8), acc(-104.0)) if f32 else (acc(709.9), acc(-746.0))
-        # e**r - 1 = r + r**2 (1/2 + r/6 + ...), |r| <= ln2 / 2: Taylor, 5e-9 and 4e-18 relative
-        exp_terms = polynomial(tuple(acc(1.0 / math.factorial(k)) for k in range(8 if f32 else 14, 1, -1)))
+        acc = np.float32 if elem == "f32" else np.float64
 
-        @inner
-        def reduced(x):
-            """(e**r - 1, n + magic) with x = n ln2 + r."""
-            shifted = fma(x, log2e, magic)
-            n = shifted - magic
-            r = fma(-n, ln2_low, fma(-n, ln2_high, x))
-            return fma(r * r, exp_terms(r), r), shifted
-
-        @inner
-        def exp(x):
-            c = choose(x > biggest, biggest, choose(x < smallest, smallest, x))
-            p, shifted = reduced(c)
-            n = shifted - magic
-            low = fma(n, half, magic)  # 2**n in two halves, each a normal number
-            scaled = (p + one) * power_of_two(low) * power_of_two((n - (low - magic)) + magic)
-            return scaled
-
-        @inner
-        def tanh(x):
-            """-E / (E + 2) with E = e**(-2|x|) - 1, which loses nothing near 0."""
-            a = abs(x)
-            limit = acc(10.0) if f32 else acc(22.0)
-            p, shifted = reduced(-two * choose(a > limit, limit, a))
-            scale = power_of_two(shifted)
-            e = fma(p, scale, scale - one)
-            t = -e / (e + two)
-            return choose(x < zero, -t, t)
-
-        atanh_terms = polynomial(tuple(acc(2.0 / (2 * k + 1)) for k in range(5 if f32 else 11, 0, -1)))
-        tiny, huge = acc(np.finfo(acc).tiny), acc(np.finfo(acc).max)
-        lift = acc(2.0 ** (23 if f32 else 52))
-        lifted = acc(23 if f32 else 52)
-
-        @inner
-        def log(x):
-            """2 atanh((m - 1) / (m + 1)) + e ln2."""
-            sub = x < tiny
-            m, e = split_float(choose(sub, x * lift, x))
-            e = choose(sub, e - lifted, e)
-            f = m - one
-            s = f / (two + f)
-            z = s * s
-            y = fma(e, ln2_high, fma(e, ln2_low, fma(s * z, atanh_terms(z), two * s)))
-            y = choose(x > huge, x, y)
-            y = choose(x == zero, acc(-np.inf), y)
-            return choose(x >= zero, y, acc(np.nan))
-
-        @inner
-        def log1p(x):
-            u = one + x
-            y = log(u) + choose(u > huge, zero, (x - (u - one)) / u)
-            return choose(u == one, x, choose(u == zero, acc(-np.inf), y))
-
-        # sin and cos: r = x - n pi/2 in three steps, the first two exact also without a fused multiply-add in double
-        wide = wide_sine or not f32
-        arc = np.float64 if wide else np.float32
-        pio2_high = np.float64(int(math.pi / 2 * 2**32) / 2**32) if wide else np.float32(math.pi / 2)
-        pio2_middle = arc(math.pi / 2 - float(pio2_high))
-        pio2_low = arc(math.pi / 2 - float(pio2_high) - float(pio2_middle) + 6.123233995736766e-17)
-        two_over_pi, arc_magic = arc(2 / math.pi), arc(1.5 * 2.0 ** (52 if wide else 23))
-        arc_one, arc_two, arc_three, four, quarter = (arc(x) for x in (1, 2, 3, 4, 0.25))
-        count = 8 if wide else 5
-        sin_terms = polynomial(tuple(arc((-1.0) ** k / math.factorial(2 * k + 1)) for k in range(count, 0, -1)))
-        cos_terms = polynomial(tuple(arc((-1.0) ** k / math.factorial(2 * k)) for k in range(count, 0, -1)))
-
-        @inner
-        def sine(x, quarters):
-            """sin(x + quarters pi/2)."""
-            d = arc(x)
-            shifted = d * two_over_pi + arc_magic
-            n = shifted - arc_magic
-            r = fma(-n, pio2_low, fma(-n, pio2_middle, fma(-n, pio2_high, d)))
-            z = r * r
-            s = fma(r * z, sin_terms(z), r)
-            c = fma(z, cos_terms(z), arc_one)
-            turn = n + quarters
-            turn = turn - four * floor(turn * quarter)
-            y = choose((turn == arc_one) | (turn == arc_three), c, s)
-            return acc(choose(turn >= arc_two, -y, y))
-
-        none, one_quarter = arc(0), arc(1)
-
-        @inner
-        def sin(x):
-            return sine(x, none)
-
-        @inner
-        def cos(x):
-            return sine(x, one_quarter)
-
-        @inner
+        @names.inner
         def sqrt(x):
             return math.sqrt(x)
 
-        self.exp, self.tanh, self.log, self.log1p, self.sin, self.cos, self.sqrt = exp, tanh, log, log1p, sin, cos, sqrt
-        self.pow = power
+        self.exp, self.tanh = _exponentials(acc, names)
+        self.log, self.log1p = _logarithms(acc, names)
+        self.sin, self.cos = _sines(acc, np.float64 if wide_sine else acc, names)
+        self.sqrt, self.pow = sqrt, power
+
+
+def _magic(acc):
+    """A float: adding it rounds to an integer, held in the low bits."""
+    return acc(1.5 * 2.0 ** (23 if acc is np.float32 else 52))
+
+
+def _ln2(acc):
+    """ln2 as a sum, the first so short that its product with an exponent is exact."""
+    if acc is np.float32:
+        high = acc(0.693145751953125)
+        return high, acc(math.log(2.0) - float(high))
+    return acc(0.6931471803691238), acc(1.9082149292705877e-10)
+
+
+def _exponentials(acc, names):
+    """exp and tanh."""
+    inner, fma, choose, power_of_two, polynomial = (
+        names.inner,
+        names.fma,
+        names.choose,
+        names.power_of_two,
+        names.polynomial,
+    )
+    f32 = acc is np.float32
+    magic, log2e, (ln2_high, ln2_low) = _magic(acc), acc(LOG2E), _ln2(acc)
+    one, two, half, zero = acc(1), acc(2), acc(0.5), acc(0)
+    biggest, smallest = (acc(88.8), acc(-104.0)) if f32 else (acc(709.9), acc(-746.0))
+    # e**r - 1 = r + r**2 (1/2 + r/6 + ...), |r| <= ln2 / 2: Taylor, 5e-9 and 4e-18 relative
+    exp_terms = polynomial(tuple(acc(1.0 / math.factorial(k)) for k in range(8 if f32 else 14, 1, -1)))
+
+    @inner
+    def reduced(x):
+        """(e**r - 1, n + magic) with x = n ln2 + r."""
+        shifted = fma(x, log2e, magic)
+        n = shifted - magic
+        r = fma(-n, ln2_low, fma(-n, ln2_high, x))
+        return fma(r * r, exp_terms(r), r), shifted
+
+    @inner
+    def exp(x):
+        c = choose(x > biggest, biggest, choose(x < smallest, smallest, x))
+        p, shifted = reduced(c)
+        n = shifted - magic
+        low = fma(n, half, magic)  # 2**n in two halves, each a normal number
+        scaled = (p + one) * power_of_two(low) * power_of_two((n - (low - magic)) + magic)
+        return scaled
+
+    @inner
+    def tanh(x):
+        """-E / (E + 2) with E = e**(-2|x|) - 1, which loses nothing near 0."""
+        a = abs(x)
+        limit = acc(10.0) if f32 else acc(22.0)
+        p, shifted = reduced(-two * choose(a > limit, limit, a))
+        scale = power_of_two(shifted)
+        e = fma(p, scale, scale - one)
+        t = -e / (e + two)
+        return choose(x < zero, -t, t)
+
+    return exp, tanh
+
+
+def _logarithms(acc, names):
+    """log and log1p."""
+    inner, fma, choose, split_float = names.inner, names.fma, names.choose, names.split_float
+    f32 = acc is np.float32
+    one, two, zero, (ln2_high, ln2_low) = acc(1), acc(2), acc(0), _ln2(acc)
+    atanh_terms = names.polynomial(tuple(acc(2.0 / (2 * k + 1)) for k in range(5 if f32 else 11, 0, -1)))
+    tiny, huge = acc(np.finfo(acc).tiny), acc(np.finfo(acc).max)
+    lift = acc(2.0 ** (23 if f32 else 52))
+    lifted = acc(23 if f32 else 52)
+
+    @inner
+    def log(x):
+        """2 atanh((m - 1) / (m + 1)) + e ln2."""
+        sub = x < tiny
+        m, e = split_float(choose(sub, x * lift, x))
+        e = choose(sub, e - lifted, e)
+        f = m - one
+        s = f / (two + f)
+        z = s * s
+        y = fma(e, ln2_high, fma(e, ln2_low, fma(s * z, atanh_terms(z), two * s)))
+        y = choose(x > huge, x, y)
+        y = choose(x == zero, acc(-np.inf), y)
+        return choose(x >= zero, y, acc(np.nan))
+
+    @inner
+    def log1p(x):
+        u = one + x
+        y = log(u) + choose(u > huge, zero, (x - (u - one)) / u)
+        return choose(u == one, x, choose(u == zero, acc(-np.inf), y))
+
+    return log, log1p
+
+
+def _sines(acc, arc, names):
+    """sin and cos, computed in the float type arc."""
+    inner, fma, choose, floor, polynomial = names.inner, names.fma, names.choose, names.floor, names.polynomial
+    wide = arc is np.float64
+    # r = x - n pi/2 in three steps, the first two exact also without a fused multiply-add in double
+    pio2_high = np.float64(int(math.pi / 2 * 2**32) / 2**32) if wide else np.float32(math.pi / 2)
+    pio2_middle = arc(math.pi / 2 - float(pio2_high))
+    pio2_low = arc(math.pi / 2 - float(pio2_high) - float(pio2_middle) + 6.123233995736766e-17)
+    two_over_pi, magic = arc(2 / math.pi), _magic(arc)
+    zero, one, two, three, four, quarter = (arc(x) for x in (0, 1, 2, 3, 4, 0.25))
+    count = 8 if wide else 5
+    sin_terms = polynomial(tuple(arc((-1.0) ** k / math.factorial(2 * k + 1)) for k in range(count, 0, -1)))
+    cos_terms = polynomial(tuple(arc((-1.0) ** k / math.factorial(2 * k)) for k in range(count, 0, -1)))
+
+    @inner
+    def sine(x, quarters):
+        """sin(x + quarters pi/2)."""
+        d = arc(x)
+        shifted = d * two_over_pi + magic
+        n = shifted - magic
+        r = fma(-n, pio2_low, fma(-n, pio2_middle, fma(-n, pio2_high, d)))
+        z = r * r
+        s = fma(r * z, sin_terms(z), r)
+        c = fma(z, cos_terms(z), one)
+        turn = n + quarters
+        turn = turn - four * floor(turn * quarter)
+        y = choose((turn == one) | (turn == three), c, s)
+        return acc(choose(turn >= two, -y, y))
+
+    @inner
+    def sin(x):
+        return sine(x, zero)
+
+    @inner
+    def cos(x):
+        return sine(x, one)
+
+    return sin, cos
 
 
 def power64(names: Names) -> Any:
