@@ -21,27 +21,47 @@ from ..online import LOG2E
 from . import scalar, tile
 from .code import SIZE, VECTOR
 from .compile import inline
-from .rows import bitmap_words, loaders, repairer
-from .scores import (
+from .dscores import build_load_queries, build_step
+from .queries import (
     FLAG,
     HIGH,
     INNER_HIGH,
     INNER_LOW,
     LOW,
-    Features,
+    Queries,
+    block_of,
     build_counted,
-    build_dropout,
-    build_exponent,
     build_find,
     build_locate,
-    build_modify,
-    exact_functions,
+    build_seen,
     read_narrow,
     table_bytes,
 )
+from .record import Features
+from .rows import Copies, bitmap_words, repairer, rows_of
+from .scalar import (
+    add,
+    block,
+    commit,
+    inside,
+    load_row,
+    load_word,
+    mul,
+    narrow,
+    opaque,
+    shared_max,
+    store_word,
+    sub,
+    sync,
+    thread,
+    udiv,
+    urem,
+    wait_all,
+)
+from .step import Given, exact_functions
 from .tiling import Tiling, placed, products
 
-# Fields besides scores.CALL. log_sums and deltas are L and delta, (B, Hq, Sq) each, with the strides stats_*.
+# Fields besides record.CALL. log_sums and deltas are L and delta, (B, Hq, Sq) each, with the strides stats_*.
 EXTRA = (
     "dout", "dout_b", "dout_h", "dout_s", "dout_d", "dq", "dq_b", "dq_h", "dq_s", "dq_d",
     "dk", "dk_b", "dk_h", "dk_s", "dk_d", "dv", "dv_b", "dv_h", "dv_s", "dv_d",
@@ -97,9 +117,7 @@ def build_rows(storage: str, acc: str, f: Features) -> Any:
     load, load_acc, store = scalar.load_global(storage, acc), scalar.load_global(acc, acc), scalar.store_global(acc)
     number, size = (np.float64, 8) if acc == "f64" else (np.float32, 4)
     zero, log2e, infinite, minus_inf = number(0), number(LOG2E), number(np.inf), number(-np.inf)
-    warp_sum, urem, udiv = scalar.warp_sum(acc), scalar.urem, scalar.udiv
-    thread, block = scalar.thread, scalar.block
-    warps = ROWS_THREADS // 32
+    warp_sum, warps = scalar.warp_sum(acc), ROWS_THREADS // 32
 
     def rows(call, reals):
         n = np.int64(block()) * warps + np.int64(udiv(thread(), 32))
@@ -131,8 +149,7 @@ def build_fill(storage: str, acc: str, f: Features) -> Any:
     """fill(call, reals): 0 in every row of out, -inf in lse where there is one; one warp a row."""
     store, store_lse, fields = scalar.store_global(storage), scalar.store_global(acc), f.fields
     number = np.float64 if acc == "f64" else np.float32
-    zero, minus_inf = number(0), number(-np.inf)
-    thread, block, urem, udiv, warps = scalar.thread, scalar.block, scalar.urem, scalar.udiv, ROWS_THREADS // 32
+    zero, minus_inf, warps = number(0), number(-np.inf), ROWS_THREADS // 32
     assert "out_rows" in fields
 
     def fill(call, reals):
@@ -151,112 +168,27 @@ def build_fill(storage: str, acc: str, f: Features) -> Any:
     return fill
 
 
-def _weights(t: Tiling, f: Features, stats: int, swapped: bool) -> tuple[Any, Any]:
-    """weight(s, row, col, given) = p, and inner(p, dp, row, col, given) = p (dp - delta)."""
-    number, weight_from, choose = exact_functions(t.acc).number, build_exponent(f, t.acc).weight, scalar.choose
-    load, size, one = scalar.load_shared(t.acc, t.acc), SIZE[t.acc], number(1)
-    add, mul = scalar.add, scalar.mul
+def build_put(t: Tiling, dim: int, at: int) -> Any:
+    """(tid, x): the sums of an output with `dim` columns to shared memory at `at`, as the call stores its numbers."""
+    stride, size, output_corner = t.stride(dim), t.size, products(t).output_corner
+    store_tile = scalar.store_tile(t.output(dim), t.storage, stride, 2 if t.mma else VECTOR // size)
 
     @inline
-    def weight_of(s, q, given):
-        p = weight_from(s, load(add(given[5], add(stats, mul(q, 2 * size)))), given[1])
-        return choose(p > one, one, p)  # lse is rounded
+    def put(tid, x):
+        row, col = output_corner(tid)
+        store_tile(x, add(at, add(mul(row, stride), mul(col, size))))
 
-    @inline
-    def inner_of(p, dp, q, given):
-        return p * (dp - load(add(given[5], add(stats + size, mul(q, 2 * size)))))
-
-    if swapped:
-
-        def weight(s, row, col, given):
-            return weight_of(s, col, given)
-
-        def inner(p, dp, row, col, given):
-            return inner_of(p, dp, col, given)
-
-    else:
-
-        def weight(s, row, col, given):
-            return weight_of(s, row, given)
-
-        def inner(p, dp, row, col, given):
-            return inner_of(p, dp, row, given)
-
-    return weight, inner
+    return put
 
 
-def _stats_loader(t: Tiling, rows: int, table: int, stats: int) -> Any:
-    """(call, tid, b, count, stage): L and delta of the table's rows to shared memory, asynchronously; idle rows, whose
-    q and dout are 0, get zeros."""
-    copy, size, load_row, add, mul = (
-        scalar.copy_async(SIZE[t.acc]),
-        SIZE[t.acc],
-        scalar.load_row,
-        scalar.add,
-        scalar.mul,
-    )
-
-    @inline
-    def load_stats(call, tid, b, count, stage):
-        if tid < rows:
-            i, h, _, _ = load_row(add(stage, add(table, mul(tid, 16))))
-            at = b * call.stats_b + h * call.stats_h + i * size
-            to = add(stage, add(stats, mul(tid, 2 * size)))
-            copy(to, call.log_sums + at, tid < count)
-            copy(add(to, size), call.deltas + at, tid < count)
-
-    return load_stats
+def _scaled(t: Tiling) -> Any:
+    """(x, reals): dQ or dK of the scores -> of q and k."""
+    number = exact_functions(t.acc).number
+    scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), t.output(t.qk_dim))
+    return inline(lambda x, reals: scale_all(x, 0, 0, reals))
 
 
-def _step(t: Tiling, f: Features, table: int, stats: int, swapped: bool) -> Any:
-    """(tid, edge, row, col, given, a, b, c, d) -> (P for dV, dS before softcap, dS, hidden pairs), scores being A B'
-    and dP = C D'. edge: some pair of the tile may be hidden."""
-    regs, parts = t.scores, products(t)
-    modify = build_modify(f, t.acc, table, swapped)
-    RESULTS, DROPOUT = modify.results, f.dropout
-    MOD, CAP = f.score_mod is not None, f.softcap
-    whole = tile.mapped(modify.whole, regs, results=RESULTS)
-    partial = tile.mapped(modify.partial, regs, results=RESULTS)
-    weight, inner = _weights(t, f, stats, swapped)
-    weights, inners = tile.mapped(weight, regs), tile.mapped(inner, regs, n_tiles=2)
-    drop_bits = build_dropout(regs, parts.element, table, swapped)
-    scaled_where, number = tile.scaled_where(regs), exact_functions(t.acc).number
-    times, cleared = tile.both(lambda x, y: x * y, regs), tile.cleared(regs)
-    hidden_bits, no_bits = tile.hidden_bits(regs), tile.no_bits(regs.size)
-    scores, dots = parts.abt(t.qk_dim), parts.abt(t.v_dim)
-
-    @inline
-    def step(tid, edge, row, col, given, a, b, c, d):
-        product = scores(tid, a, b)
-        bits = no_bits()
-        if edge:
-            modified = partial(product, row, col, given)
-        else:
-            modified = whole(product, row, col, given)
-        s = modified[0] if RESULTS > 1 else modified
-        if edge:
-            bits = hidden_bits(s)
-        p = weights(s, row, col, given)
-        if edge:
-            p = cleared(p, bits)
-        dp = dots(tid, c, d)
-        dropped = p
-        if DROPOUT:
-            gone, factor = drop_bits(row, col, given), number(given[1].drop_scale)
-            dp, dropped = scaled_where(dp, gone, factor), scaled_where(p, gone, factor)
-        ds = inners(p, dp, row, col, given)
-        if MOD:
-            ds = times(ds, modified[1])
-        if edge:
-            ds = cleared(ds, bits)
-        capped = ds
-        if CAP:
-            capped = times(ds, modified[RESULTS - 1])
-            if edge:
-                capped = cleared(capped, bits)
-        return dropped, ds, capped, bits
-
-    return step
+# --- dQ ---------------------------------------------------------------------------------------------------------------
 
 
 def build_queries(t: Tiling, f: Features) -> Any:
@@ -264,114 +196,110 @@ def build_queries(t: Tiling, f: Features) -> Any:
     row's part of the gradient of its slope."""
     places = memory_queries(t)
     TABLE, STATS, Q, DOUT, K, V, P = (places[n] for n in ("table", "stats", "q", "dout", "k", "v", "p"))
-    BOUNDS, ROWS, COLS, size = TABLE + t.rows * 16, t.rows, t.cols, t.size
-    regs, o_regs = t.scores, t.output(t.qk_dim)
-    number = exact_functions(t.acc).number
-    step, EVERY = _step(t, f, TABLE, STATS, False), f.every_pair
-    parts = products(t)
-    corner, output_corner, weigh = parts.corner, parts.output_corner, parts.pb(t.qk_dim, rescaled=False)
-    clean = repairer(t, t.qk_dim, 0).clean
-    copies = loaders(t, f.aligned)
-    load_q, load_dout = copies.load_queries(t.qk_dim, ROWS), copies.load_queries(t.v_dim, ROWS)
+    AT_FLAG, ROWS, COLS, EVERY = TABLE + t.rows * 16 + FLAG, t.rows, t.cols, f.every_pair
+    step, corner = build_step(t, f, TABLE, STATS, False), products(t).corner
+    weigh, ones = products(t).pb(t.qk_dim, rescaled=False), tile.filled(t.acc, len(t.scores.rows), 1.0)
+    start, scaled, clean = tile.filled(t.acc, t.output(t.qk_dim).size, 0.0), _scaled(t), repairer(t, t.qk_dim, 0).clean
+    copies, load_queries = Copies(t, f.aligned), build_load_queries(t, f, ROWS, places)
     load_k, load_v = copies.load(t.qk_dim, COLS), copies.load(t.v_dim, COLS)
-    store_dq, finite_k = copies.store_queries(t.qk_dim, ROWS), copies.finite(t.qk_dim, COLS)
-    load_stats = _stats_loader(t, ROWS, TABLE, STATS)
-    start, ones = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(regs.rows), 1.0)
-    scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), o_regs)
-    store_tile = scalar.store_tile(o_regs, t.storage, t.stride(t.qk_dim), 2 if t.mma else VECTOR // size)
-    locate, find, commit, wait_all, sync = (
-        build_locate(ROWS),
-        build_find(ROWS),
-        scalar.commit,
-        scalar.wait_all,
-        scalar.sync,
+    put, store_dq, finite_k = (
+        build_put(t, t.qk_dim, Q),
+        copies.store_queries(t.qk_dim, ROWS),
+        copies.finite(t.qk_dim, COLS),
     )
-    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
-    load_word, store_word, shared_max = scalar.load_word, scalar.store_word, scalar.shared_max
-    Q_STRIDE, opaque = t.stride(t.qk_dim), scalar.opaque
-    WITH_BIAS, WITH_SLOPES = "dbias" in f.extra, "dslopes" in f.extra
-    store_bias: Any = tile.mapped(_bias_writer(t.acc, TABLE), regs) if WITH_BIAS else None
-    by_distance = tile.mapped(_by_distance(t.acc, TABLE), regs)
-    no_slopes, row_sum = tile.filled(t.acc, len(regs.rows), 0.0), tile.row_sum(regs)
-    plus = tile.each_row(lambda x, y: x + y, regs)
-    store_slopes: Any = tile.row_mapped(_slope_writer(t.acc, TABLE), regs) if WITH_SLOPES else None
+    k_of, v_of, dq_of = rows_of(f, "k", "qk_dim"), rows_of(f, "v", "v_dim"), rows_of(f, "dq", "qk_dim")
+    locate, find, seen = build_locate(ROWS), build_find(ROWS), build_seen(ROWS, COLS)
+    start_pairs, take_pairs, leave_pairs = _pair_gradients(t, f, TABLE)
 
     def queries(call, reals):
         tid = thread()
-        rest = udiv(block(), call.tiles)
-        index = call.tiles - 1 - np.int64(urem(block(), call.tiles))
-        kv_head = urem(rest, call.kv_heads)
-        sequence = read_narrow(call, np.int64(udiv(rest, call.kv_heads)))
-        b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-        head, first_row, count = find(call, q_len, index)
-        if count <= 0:
+        of, kv_head, index = block_of(call)
+        sequence = read_narrow(call, of)
+        b, k_start, k_len = sequence.batch, sequence.k_start, sequence.k_len
+        queries = find(call, sequence.q_len, kv_head, index)
+        if queries.count <= 0:
             return
-        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
-        first, last = mul(udiv(load_word(BOUNDS + LOW), COLS), COLS), load_word(BOUNDS + HIGH)
-        inner_low, inner_high = load_word(BOUNDS + INNER_LOW), load_word(BOUNDS + INNER_HIGH)
-        given = (call, reals, b, k_start, offset - q_start, 0)
-        k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
-        v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
-        where = (q_len, q_start + first_row, kv_head * call.group + head, count)
-        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, where, call.qk_dim)
-        dout = call.dout + b * call.dout_b
-        load_dout(tid, DOUT, dout, call.dout_h, call.dout_s, call.dout_d, TABLE, where, call.v_dim)
-        load_stats(call, tid, b, count, 0)
+        locate(call, tid, TABLE, sequence, queries)
+        first, last, inner_low, inner_high = seen(TABLE)
+        given = Given(call, reals, b, k_start, sequence.offset - sequence.q_start, 0)
+        k, v = k_of(call, b, kv_head, k_start), v_of(call, b, kv_head, k_start)
+        load_queries(call, tid, sequence, queries, 0)
         if tid == 0:
-            store_word(BOUNDS + FLAG, -1)
+            store_word(AT_FLAG, -1)
         if first < last:
-            load_v(tid, V, v_base + first * call.v_s, call.v_s, call.v_d, k_len - first, call.v_dim)
+            load_v(tid, V, v.base + first * v.stride_s, v, k_len - first)
         commit()
 
-        dq, slopes = start(), no_slopes()
+        dq, slopes = start(), start_pairs()
         for j0 in range(first, last, COLS):
             sync()  # K of the block before was read
-            load_k(tid, K, k_base + j0 * call.k_s, call.k_s, call.k_d, k_len - j0, call.qk_dim)
+            load_k(tid, K, k.base + j0 * k.stride_s, k, k_len - j0)
             commit()
             wait_all()
             sync()
             edge = EVERY or j0 < inner_low or j0 + COLS > inner_high
             row, col = corner(opaque(tid))
-            _, ds, capped, _ = step(tid, edge, row, add(j0, col), given, Q, K, DOUT, V)
-            if WITH_BIAS:
-                store_bias(ds, row, add(j0, col), given)
-            if WITH_SLOPES:
-                slopes = plus(slopes, row_sum(by_distance(ds, row, add(j0, col), given)))
+            _, ds, capped, _ = step(tid, edge, row, add(j0, col), given, (Q, K, DOUT, V))
+            slopes = take_pairs(slopes, ds, row, add(j0, col), given)
             sync()  # V was read
             if j0 + COLS < last:
-                load_v(tid, V, v_base + (j0 + COLS) * call.v_s, call.v_s, call.v_d, k_len - j0 - COLS, call.v_dim)
+                load_v(tid, V, v.base + (j0 + COLS) * v.stride_s, v, k_len - j0 - COLS)
             commit()
             if edge:
                 if not finite_k(tid, K):
-                    shared_max(BOUNDS + FLAG, j0)
+                    shared_max(AT_FLAG, j0)
                 sync()
-                if load_word(BOUNDS + FLAG) == j0:
+                if load_word(AT_FLAG) == j0:
                     clean(tid, K)
             dq = weigh(tid, dq, ones(), capped, K, P)
 
         row, col = corner(opaque(tid))
-        if WITH_SLOPES and col == 0:
-            store_slopes(slopes, row, (call, b, count))
-        dq = scale_all(dq, 0, 0, reals)
+        leave_pairs(slopes, row, col, given, queries.count)
+        dq = scaled(dq, reals)
         wait_all()
         sync()
-        row_o, col_o = output_corner(tid)
-        store_tile(dq, add(Q, add(mul(row_o, Q_STRIDE), mul(col_o, size))))
+        put(tid, dq)
         sync()
-        store_dq(tid, Q, call.dq + b * call.dq_b, call.dq_h, call.dq_s, call.dq_d, TABLE, count, call.qk_dim)
+        out = dq_of(call, b, 0, 0)
+        store_dq(tid, Q, out.base, out, TABLE, queries.count)
 
     return queries
 
 
+def _pair_gradients(t: Tiling, f: Features, table: int) -> tuple[Any, Any, Any]:
+    """What the kernel of dQ gives for pairs with DBIAS or DSLOPES: start() -> a number for each row,
+    take(numbers, ds, row, col, given) -> the same with a tile, and leave(numbers, row, col, given, count)."""
+    regs, WITH_BIAS, WITH_SLOPES = t.scores, "dbias" in f.extra, "dslopes" in f.extra
+    store_bias: Any = tile.mapped(_bias_writer(t.acc, table), regs) if WITH_BIAS else None
+    store_slopes: Any = tile.row_mapped(_slope_writer(t.acc, table), regs) if WITH_SLOPES else None
+    by_distance, row_sum = tile.mapped(_by_distance(t.acc, table), regs), tile.row_sum(regs)
+    plus = tile.each_row(lambda x, y: x + y, regs)
+
+    @inline
+    def take(numbers, ds, row, col, given):
+        if WITH_BIAS:
+            store_bias(ds, row, col, given)
+        if WITH_SLOPES:
+            numbers = plus(numbers, row_sum(by_distance(ds, row, col, given)))
+        return numbers
+
+    @inline
+    def leave(numbers, row, col, given, count):
+        if WITH_SLOPES and col == 0:
+            store_slopes(numbers, row, (given.call, given.batch, count))
+
+    return tile.filled(t.acc, len(regs.rows), 0.0), take, leave
+
+
 def _bias_writer(acc: str, table: int) -> Any:
     """Writes the gradient of a visible pair's bias; the others are 0 from the start."""
-    store, load_row, add, mul, inside = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul, scalar.inside
+    store = scalar.store_global(acc)
 
     def write(x, row, col, given):
-        call, _, b, k_start, _, _ = given
+        call, k_start = given.call, given.k_start
         i, h, first, end = load_row(add(table, mul(row, 16)))
         if inside(col, first, end):
-            to = b * call.dbias_b + h * call.dbias_h + i * call.dbias_i + (k_start + col) * call.dbias_j
+            to = given.batch * call.dbias_b + h * call.dbias_h + i * call.dbias_i + (k_start + col) * call.dbias_j
             store(call.dbias + to, x)
         return x
 
@@ -381,17 +309,17 @@ def _bias_writer(acc: str, table: int) -> Any:
 def _by_distance(acc: str, table: int) -> Any:
     """A pair's part of the gradient of its slope."""
     number = np.float64 if acc == "f64" else np.float32
-    load_row, add, mul, zero = scalar.load_row, scalar.add, scalar.mul, number(0)
+    zero = number(0)
 
     def part(x, row, col, given):
         i, _, _, _ = load_row(add(table, mul(row, 16)))
-        return zero - x * abs(number(i + given[4] - col))
+        return zero - x * abs(number(i + given.shift - col))
 
     return part
 
 
 def _slope_writer(acc: str, table: int) -> Any:
-    store, load_row, add, mul, size = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul, SIZE[acc]
+    store, size = scalar.store_global(acc), SIZE[acc]
 
     def write(value, row, given):
         call, b, count = given
@@ -403,82 +331,26 @@ def _slope_writer(acc: str, table: int) -> Any:
     return write
 
 
+# --- dK and dV --------------------------------------------------------------------------------------------------------
+
+
 def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = True) -> Any:
     """keys(call, reals): dK and dV, or one of them where both would not fit in registers."""
     places = memory_keys(t)
     TABLE, STATS, K, V, Q, DOUT, P = (places[n] for n in ("table", "stats", "k", "v", "q", "dout", "p"))
-    ROWS, COLS, size = t.rows, t.cols, t.size  # keys and queries
-    BOUNDS = TABLE + COLS * 16
-    regs, k_regs, v_regs = t.scores, t.output(t.qk_dim), t.output(t.v_dim)
-    number = exact_functions(t.acc).number
-    step, EVERY = _step(t, f, TABLE, STATS, True), f.every_pair
-    parts = products(t)
-    corner, output_corner = parts.corner, parts.output_corner
-    weigh_k, weigh_v = parts.pb(t.qk_dim, rescaled=False), parts.pb(t.v_dim, rescaled=False)
-    clean = repairer(t, t.qk_dim, 0).clean
-    guard = repairer(t, t.v_dim, places["bad"])
-    clear_bad, repair, spoil = guard.clear, guard.repair, guard.spoil
-    copies = loaders(t, f.aligned)
-    load_q, load_dout = copies.load_queries(t.qk_dim, COLS), copies.load_queries(t.v_dim, COLS)
+    ROWS, COLS, STAGES, STAGE = t.rows, t.cols, t.stages, places["stage"]  # rows are keys, columns queries
+    BOUNDS, EVERY, DK, DV = TABLE + COLS * 16, f.every_pair, with_dk, with_dv
+    step, corner = build_step(t, f, TABLE, STATS, True), products(t).corner
+    weigh_k, weigh_v = products(t).pb(t.qk_dim, rescaled=False), products(t).pb(t.v_dim, rescaled=False)
+    ones = tile.filled(t.acc, len(t.scores.rows), 1.0)
+    start_k = tile.filled(t.acc, t.output(t.qk_dim).size, 0.0)
+    start_v = tile.filled(t.acc, t.output(t.v_dim).size, 0.0)
+    copies, k_of, v_of = Copies(t, f.aligned), rows_of(f, "k", "qk_dim"), rows_of(f, "v", "v_dim")
     load_k, load_v = copies.load(t.qk_dim, ROWS), copies.load(t.v_dim, ROWS)
-    store_k, store_v = copies.store(t.qk_dim, ROWS), copies.store(t.v_dim, ROWS)
-    finite_q, finite_dout = copies.finite(t.qk_dim, COLS), copies.finite(t.v_dim, COLS)
-    load_stats = _stats_loader(t, COLS, TABLE, STATS)
-    start_k, start_v = tile.filled(t.acc, k_regs.size, 0.0), tile.filled(t.acc, v_regs.size, 0.0)
-    ones = tile.filled(t.acc, len(regs.rows), 1.0)
-    scale_all = tile.mapped(lambda x, row, col, reals: x * number(reals.grad_scale), k_regs)
-    vector = 2 if t.mma else VECTOR // size
-    put_k = scalar.store_tile(k_regs, t.storage, t.stride(t.qk_dim), vector)
-    put_v = scalar.store_tile(v_regs, t.storage, t.stride(t.v_dim), vector)
-    locate, counted, commit, wait_all, sync = (
-        build_locate(COLS, ordered=False),
-        build_counted(COLS),
-        scalar.commit,
-        scalar.wait_all,
-        scalar.sync,
-    )
-    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
-    sub, narrow, opaque = scalar.sub, scalar.narrow, scalar.opaque
-    load_word, store_word, shared_max = scalar.load_word, scalar.store_word, scalar.shared_max
-    K_STRIDE, V_STRIDE = t.stride(t.qk_dim), t.stride(t.v_dim)
-    DK, DV = with_dk, with_dv
-    BAD_Q, BAD_DOUT = FLAG, FLAG + 4  # behind the first stage's table: the last turn whose tile was bad
-    STAGES, STAGE = t.stages, places["stage"]
-    needed = tile_needed(COLS)
-
-    @inline
-    def behind(head, tile_row, q_len):
-        """The next tile."""
-        tile_row = add(tile_row, COLS)
-        if q_len >= COLS and tile_row >= q_len:
-            return add(head, 1), narrow(0)
-        return head, tile_row
-
-    @inline
-    def next_tile(call, sequence, head, tile_row, j0):
-        """The first tile of queries from (head, tile_row) on that may see the keys, and how many it holds: 0 behind the
-        last."""
-        q_len = sequence[2]
-        count = narrow(counted(call, q_len, head, tile_row))
-        while count > 0 and not needed(call, sequence, tile_row, count, j0, j0 + ROWS):
-            head, tile_row = behind(head, tile_row, q_len)
-            count = narrow(counted(call, q_len, head, tile_row))
-        return head, tile_row, count
-
-    @inline
-    def fetch(call, tid, stage, sequence, kv_head, head, tile_row, count):
-        """A tile of queries on its way to a stage."""
-        tid = opaque(tid)
-        b, q_start, q_len = sequence[0], sequence[1], sequence[2]
-        locate(call, tid, add(TABLE, stage), sequence, kv_head, head, tile_row, count)
-        if q_len < COLS:
-            sync()  # others read the table
-        table, q, dout = add(TABLE, stage), call.q + b * call.q_b, call.dout + b * call.dout_b
-        where = (q_len, q_start + tile_row, kv_head * call.group + head, count)
-        load_q(tid, add(Q, stage), q, call.q_h, call.q_s, call.q_d, table, where, call.qk_dim)
-        load_dout(tid, add(DOUT, stage), dout, call.dout_h, call.dout_s, call.dout_d, table, where, call.v_dim)
-        load_stats(call, tid, b, count, stage)
-        commit()
+    behind, next_tile = _next_row(COLS), _next_tile(t)
+    fetch = build_load_queries(t, f, COLS, places, build_locate(COLS, ordered=False))
+    start_guard, protect = _guard(t, f, places, with_dk, with_dv)
+    leave = _leave(t, f, places, with_dk, with_dv)
 
     def keys(call, reals):
         tid = thread()
@@ -487,18 +359,14 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
         kv_head = urem(rest, call.kv_heads)
         of = udiv(rest, call.kv_heads)
         sequence = read_narrow(call, np.int64(of))
-        b, _, _, k_start, k_len, _, _ = sequence
+        b, k_start, k_len = sequence.batch, sequence.k_start, sequence.k_len
         if j0 >= k_len:
             return
-        k_base = call.k + b * call.k_b + kv_head * call.k_h + (k_start + j0) * call.k_s
-        v_base = call.v + b * call.v_b + kv_head * call.v_h + (k_start + j0) * call.v_s
-        load_k(tid, K, k_base, call.k_s, call.k_d, k_len - j0, call.qk_dim)
-        load_v(tid, V, v_base, call.v_s, call.v_d, k_len - j0, call.v_dim)
+        k, v = k_of(call, b, kv_head, k_start + j0), v_of(call, b, kv_head, k_start + j0)
+        load_k(tid, K, k.base, k, k_len - j0)
+        load_v(tid, V, v.base, v, k_len - j0)
         commit()
-        clear_bad(tid)
-        if tid == 0:
-            store_word(BOUNDS + BAD_Q, 0)
-            store_word(BOUNDS + BAD_DOUT, 0)
+        start_guard(tid)
 
         dk, dv = start_k(), start_v()
         # A turn is a tile of queries, which is there. The next one, `count` queries from (head, tile_row) on, is on its
@@ -507,13 +375,13 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
         count, there = narrow(0), True
         while there:
             sequence = read_narrow(call, np.int64(opaque(of)))
-            b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-            head, tile_row = behind(head, tile_row, q_len)
+            head, tile_row = behind(head, tile_row, sequence.q_len)
             head, tile_row, count = next_tile(call, sequence, head, tile_row, j0)
             wait_all()
             sync()  # the tile is there, and the one before was read
             if STAGES == 2 and count > 0:
-                fetch(call, tid, sub(STAGE, stage), sequence, kv_head, head, tile_row, count)
+                fetch(call, opaque(tid), sequence, Queries(kv_head, head, tile_row, count), sub(STAGE, stage))
+                commit()
             if turn > 0:
                 bounds = add(BOUNDS, stage)
                 low, high = load_word(add(bounds, LOW)), load_word(add(bounds, HIGH))
@@ -521,49 +389,121 @@ def build_keys(t: Tiling, f: Features, with_dk: bool = True, with_dv: bool = Tru
                     inner_low, inner_high = load_word(add(bounds, INNER_LOW)), load_word(add(bounds, INNER_HIGH))
                     q, dout = add(Q, stage), add(DOUT, stage)
                     row, col = corner(opaque(tid))
-                    given = (call, reals, b, k_start, offset - q_start, stage)
+                    shift = sequence.offset - sequence.q_start
+                    given = Given(call, reals, sequence.batch, sequence.k_start, shift, stage)
                     edge = EVERY or j0 < inner_low or j0 + ROWS > inner_high
-                    p, _, ds, bits = step(tid, edge, add(j0, row), col, given, K, q, V, dout)
+                    p, _, ds, bits = step(tid, edge, add(j0, row), col, given, (K, q, V, dout))
                     if edge:
-                        if DK and not finite_q(tid, q):
-                            shared_max(BOUNDS + BAD_Q, turn)
-                        if DV and not finite_dout(tid, dout):
-                            shared_max(BOUNDS + BAD_DOUT, turn)
-                        sync()
-                        if DV and load_word(BOUNDS + BAD_DOUT) == turn:
-                            repair(tid, row, col, bits, dout)
-                        if DK and load_word(BOUNDS + BAD_Q) == turn:
-                            clean(tid, q)
+                        protect(tid, turn, row, col, bits, (q, dout))
                     if DV:
                         dv = weigh_v(tid, dv, ones(), p, dout, P)
                     if DK:
                         dk = weigh_k(tid, dk, ones(), ds, q, P)
             if STAGES == 1 and count > 0:
                 sync()  # the tile was read
-                fetch(call, tid, stage, sequence, kv_head, head, tile_row, count)
+                fetch(call, opaque(tid), sequence, Queries(kv_head, head, tile_row, count), stage)
+                commit()
             turn, there = add(turn, 1), count > 0
             stage = sub(STAGE, stage) if STAGES == 2 else stage
-
-        wait_all()
-        sync()  # K and V were read: the results leave through their places
-        row_o, col_o = output_corner(tid)
-        if DK:
-            dk = scale_all(dk, 0, 0, reals)
-            put_k(dk, add(K, add(mul(row_o, K_STRIDE), mul(col_o, size))))
-        if DV:
-            if load_word(BOUNDS + BAD_DOUT) != 0:
-                dv = spoil(dv, row_o, col_o, 0)
-            put_v(dv, add(V, add(mul(row_o, V_STRIDE), mul(col_o, size))))
-        sync()
-        b, _, _, k_start, k_len, _, _ = read_narrow(call, np.int64(opaque(of)))
-        to_k = call.dk + b * call.dk_b + kv_head * call.dk_h + (k_start + j0) * call.dk_s
-        to_v = call.dv + b * call.dv_b + kv_head * call.dv_h + (k_start + j0) * call.dv_s
-        if DK:
-            store_k(tid, K, to_k, call.dk_s, call.dk_d, k_len - j0, call.qk_dim)
-        if DV:
-            store_v(tid, V, to_v, call.dv_s, call.dv_d, k_len - j0, call.v_dim)
+        leave(call, reals, tid, (of, kv_head, j0), dk, dv)
 
     return keys
+
+
+def _next_row(rows: int) -> Any:
+    """(head, row, q_len) -> where the tile of queries behind the one there begins."""
+
+    @inline
+    def behind(head, row, q_len):
+        row = add(row, rows)
+        if q_len >= rows and row >= q_len:
+            return add(head, 1), narrow(0)
+        return head, row
+
+    return behind
+
+
+def _next_tile(t: Tiling) -> Any:
+    """(call, sequence, head, row, j0) -> the first tile of queries from (head, row) on that may see a key of the tile
+    that begins at j0, and how many it holds: 0 behind the last."""
+    ROWS, counted, needed, behind = t.rows, build_counted(t.cols), tile_needed(t.cols), _next_row(t.cols)
+
+    @inline
+    def next_tile(call, sequence, head, row, j0):
+        q_len = sequence.q_len
+        count = narrow(counted(call, q_len, head, row))
+        while count > 0 and not needed(call, sequence, row, count, j0, j0 + ROWS):
+            head, row = behind(head, row, q_len)
+            count = narrow(counted(call, q_len, head, row))
+        return head, row, count
+
+    return next_tile
+
+
+BAD_Q, BAD_DOUT = FLAG, FLAG + 4  # behind the first stage's table: the last turn whose tile was bad
+
+
+def _guard(t: Tiling, f: Features, places: dict[str, int], with_dk: bool, with_dv: bool) -> tuple[Any, Any]:
+    """start(tid), and protect(tid, turn, row, col, bits, (q, dout)): keeps what hidden pairs point to out of dK and dV,
+    see rows.repairer."""
+    BOUNDS, DK, DV = places["table"] + t.cols * 16, with_dk, with_dv
+    clean, guard = repairer(t, t.qk_dim, 0).clean, repairer(t, t.v_dim, places["bad"])
+    clear_bad, repair, copies = guard.clear, guard.repair, Copies(t, f.aligned)
+    finite_q, finite_dout = copies.finite(t.qk_dim, t.cols), copies.finite(t.v_dim, t.cols)
+
+    @inline
+    def start(tid):
+        clear_bad(tid)
+        if tid == 0:
+            store_word(BOUNDS + BAD_Q, 0)
+            store_word(BOUNDS + BAD_DOUT, 0)
+
+    @inline
+    def protect(tid, turn, row, col, bits, tiles):
+        q, dout = tiles
+        if DK and not finite_q(tid, q):
+            shared_max(BOUNDS + BAD_Q, turn)
+        if DV and not finite_dout(tid, dout):
+            shared_max(BOUNDS + BAD_DOUT, turn)
+        sync()
+        if DV and load_word(BOUNDS + BAD_DOUT) == turn:
+            repair(tid, row, col, bits, dout)
+        if DK and load_word(BOUNDS + BAD_Q) == turn:
+            clean(tid, q)
+
+    return start, protect
+
+
+def _leave(t: Tiling, f: Features, places: dict[str, int], with_dk: bool, with_dv: bool) -> Any:
+    """(call, reals, tid, (sequence, key head, first key), dk, dv): the results, through the places of K and V."""
+    BOUNDS, K, V, DK, DV = places["table"] + t.cols * 16, places["k"], places["v"], with_dk, with_dv
+    copies, scaled, output_corner = Copies(t, f.aligned), _scaled(t), products(t).output_corner
+    put_k, put_v = build_put(t, t.qk_dim, K), build_put(t, t.v_dim, V)
+    store_k, store_v = copies.store(t.qk_dim, t.rows), copies.store(t.v_dim, t.rows)
+    dk_of, dv_of = rows_of(f, "dk", "qk_dim"), rows_of(f, "dv", "v_dim")
+    spoil = repairer(t, t.v_dim, places["bad"]).spoil
+
+    @inline
+    def leave(call, reals, tid, whose, dk, dv):
+        of, kv_head, j0 = whose
+        wait_all()
+        sync()  # K and V were read
+        if DK:
+            put_k(tid, scaled(dk, reals))
+        if DV:
+            if load_word(BOUNDS + BAD_DOUT) != 0:
+                row, col = output_corner(tid)
+                dv = spoil(dv, row, col, 0)
+            put_v(tid, dv)
+        sync()
+        sequence = read_narrow(call, np.int64(opaque(of)))
+        b, first, count = sequence.batch, sequence.k_start + j0, sequence.k_len - j0
+        if DK:
+            store_k(tid, K, dk_of(call, b, kv_head, first), count)
+        if DV:
+            store_v(tid, V, dv_of(call, b, kv_head, first), count)
+
+    return leave
 
 
 def tile_needed(rows: int) -> Any:
@@ -572,7 +512,7 @@ def tile_needed(rows: int) -> Any:
 
     @inline
     def needed(call, sequence, row, count, low, high):
-        _, _, q_len, _, _, offset, prefix = sequence
+        q_len, offset = sequence.q_len, sequence.offset
         first, last = np.int64(0), q_len - 1
         if q_len >= rows:
             first, last = row, row + count - 1
@@ -581,6 +521,6 @@ def tile_needed(rows: int) -> Any:
         end = last + offset
         if call.right >= 0 and end + call.right < low:
             return False
-        return call.has_prefix == 0 or max(prefix, end + 1) > low
+        return call.has_prefix == 0 or max(sequence.prefix, end + 1) > low
 
     return needed

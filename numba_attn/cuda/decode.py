@@ -29,7 +29,10 @@ from ..online import build as build_online
 from . import scalar, tile
 from .code import SIZE, VECTOR
 from .compile import inline
-from .scores import Features, build_find, build_locate, exact_functions, read_sequence, table_bytes
+from .queries import build_find, build_locate, read_sequence, table_bytes
+from .record import Features
+from .scalar import add, block, choose, load_i64, load_row, mul, sub, sync, thread, udiv, urem
+from .step import exact_functions
 from .tile import Registers
 from .tiling import Tiling
 
@@ -40,7 +43,7 @@ KEYS = 256  # of a part: 8192 keys under 8 heads are 256 blocks, and a row's sta
 ROWS = 16  # of a tile; so many queries of a key head, in all heads of its group, are few
 FEW_ROWS = 4  # of the smaller tile without tensor cores, where idle rows cost time
 
-# Fields besides scores.CALL: int64 (first state, first part, parts) of each sequence and (sequence, part) of each
+# Fields besides record.CALL: int64 (first state, first part, parts) of each sequence and (sequence, part) of each
 # block; the states' o and (m, l); how many rows a key head has in the longest sequence.
 EXTRA = ("part_places", "part_items", "parts", "part_stats", "part_rows")
 
@@ -96,14 +99,14 @@ def workspace(problem: Problem) -> tuple[Array, Array]:
 def find_part(call, n):
     """(sequence, part) of block n of a key head."""
     at = call.part_items + n * 16
-    return scalar.load_i64(at), scalar.load_i64(at + 8)
+    return load_i64(at), load_i64(at + 8)
 
 
 @inline
 def find_states(call, number, kv_head):
     """(n, step): the state of row r and part s of sequence `number` has the number n + r * step + s."""
     at = call.part_places + number * 24
-    start, first, count = scalar.load_i64(at), scalar.load_i64(at + 8), scalar.load_i64(at + 16)
+    start, first, count = load_i64(at), load_i64(at + 8), load_i64(at + 16)
     return (start * call.kv_heads + kv_head * count) * call.part_rows - first, count
 
 
@@ -113,7 +116,6 @@ def build_keep(t: Tiling) -> tuple[Any, Any]:
     regs, size, bytes_of_o, threads = t.scores, SIZE[t.acc], row_bytes(t), t.threads
     units, stride = bytes_of_o // VECTOR, bytes_of_o + VECTOR
     store, copy = scalar.store_global(t.acc), scalar.copy_out(VECTOR)
-    udiv, sub, add, mul = scalar.udiv, scalar.sub, scalar.add, scalar.mul
 
     def keep(x, row, given):
         call, n, step, count, to = given
@@ -151,7 +153,7 @@ def build_merge(t: Tiling, f: Features) -> Any:
     """merge(call, reals): COLUMNS columns of a row of the result, and its lse; `tiles`: blocks of a row."""
     places = memory_merge(t)
     TABLE, SUMS, size, bytes_of_o = places["table"], places["sums"], SIZE[t.acc], row_bytes(t)
-    functions, choose, maximum = exact_functions(t.acc), scalar.choose, max
+    functions = exact_functions(t.acc)
     number, exp2, log2 = functions.number, functions.exp2, functions.log2
     zero, one, ln2, log2e, minus_inf = number(0), number(1), number(LN2), number(LOG2E), number(-np.inf)
     online = build_online(inline, exp2, choose, inline(lambda m: m == minus_inf), inline(lambda m: zero))
@@ -160,8 +162,7 @@ def build_merge(t: Tiling, f: Features) -> Any:
     warp_sum, load, store = scalar.warp_sum(t.acc), scalar.load_global(t.acc, t.acc), scalar.store_global(t.acc)
     load_shared, store_shared = scalar.load_shared(t.acc, t.acc), scalar.store_shared(t.acc)
     store_o = scalar.store_global(t.storage)
-    locate, find, load_row, sync = build_locate(t.rows), build_find(t.rows), scalar.load_row, scalar.sync
-    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
+    locate, find = build_locate(t.rows), build_find(t.rows)
 
     def merge(call, reals):
         tid = thread()
@@ -170,10 +171,10 @@ def build_merge(t: Tiling, f: Features) -> Any:
         row, rest = np.int64(urem(rest, call.part_rows)), udiv(rest, call.part_rows)
         kv_head, of = np.int64(urem(rest, call.kv_heads)), np.int64(udiv(rest, call.kv_heads))
         sequence = read_sequence(call, of)
-        head, first_row, count = find(call, sequence[2], np.int64(0))
-        if row >= count:
+        queries = find(call, sequence.q_len, kv_head, np.int64(0))
+        if row >= queries.count:
             return
-        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
+        locate(call, tid, TABLE, sequence, queries)
         i, h, first, end = load_row(add(TABLE, mul(row, 16)))
         low, high = np.int64(udiv(first, KEYS)), np.int64(udiv(add(end, KEYS - 1), KEYS))
         n, step = find_states(call, of, kv_head)
@@ -184,7 +185,7 @@ def build_merge(t: Tiling, f: Features) -> Any:
         start = low - low % 32 + lane  # whatever parts there are, part s is summed by lane s % 32
         start += 32 if start < low else 0
         for s in range(start, high, 32):
-            m = maximum(m, load(stats + s * (2 * size)))
+            m = max(m, load(stats + s * (2 * size)))
         m = warp_max((m,))[0]
         for s in range(start, high, 32):
             l += rescale(load(stats + s * (2 * size)), m) * load(stats + s * (2 * size) + size)
@@ -204,11 +205,11 @@ def build_merge(t: Tiling, f: Features) -> Any:
             o += load_shared(add(SUMS, mul(add(tid, 32 * w), size)))
         if call.sinks != 0:
             sink = load(call.sinks + h * size) * log2e
-            top = maximum(m, sink)
+            top = max(m, sink)
             alpha = rescale(m, top)
             m = top
             l, o = l * alpha + exp2(sink - safe(m)), o * alpha
-        b = sequence[0]
+        b = sequence.batch
         if column < call.v_dim:
             to = call.out + b * call.out_b + h * call.out_h + i * call.out_s + column * call.out_d
             store_o(to, o * choose(l == zero, zero, one / l))

@@ -14,7 +14,7 @@ bits and more up to 2**31 pairs. A contribution that is not finite is a flag of 
 Each thread first adds up what goes to the same element, in registers, and adds it to memory when another element's turn
 comes: there are no more writes than changes of element, and a number for each head costs one write a thread. A kernel
 
-    calls pending = start(sums), pending = add(score, b, h, i, j, table, weight, sums, pending) for every pair, and
+    calls pending = start(sums), pending = add(score, (b, h, i, j), table, weight, sums, pending) for every pair, and
     flush(sums, pending) at its end; `sums` and `pending` are UniTuples of int64, `aux_functions` says how long.
 
 For each array that is asked for there is a buffer of int64, zeros at first:
@@ -82,6 +82,23 @@ class AuxFunctions(NamedTuple):
     start: Callable[..., Any]
     add: Callable[..., Any]
     flush: Callable[..., Any]
+
+
+class Place(NamedTuple):
+    """Where the contributions to an array go, in which stage."""
+
+    stage: Any
+    limb: Any
+    address: Any  # of the array's buffer
+
+
+class Pending(NamedTuple):
+    """What a thread carries along of an array's contributions: PENDING numbers."""
+
+    element: Any  # which they are for, or -1
+    high: Any
+    low: Any
+    k: Any
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -158,30 +175,30 @@ def _send(address, element, high, low):
 
 
 def _noting(elem: str) -> Any:
-    """(stage, limb, address, at, contribution, element, high, low, k) -> (element, high, low), with the contribution
-    to element `at`."""
+    """(place, at, contribution, pending) -> pending with the contribution to element `at`."""
     two_to, rounded, zero, infinity = TWO_TO[elem], ROUNDED[elem], FLOAT[elem](0), FLOAT[elem](math.inf)
 
     @device
-    def note(stage, limb, address, at, contribution, element, high, low, k):
+    def note(place, at, contribution, pending):
+        element, high, low, k = pending
         finite = abs(contribution) < infinity
-        if stage == 0:
+        if place.stage == 0:
             high = max(high, magnitude(contribution if finite else zero))
         elif not finite:
             flag = PLUS_INFINITY if contribution > zero else MINUS_INFINITY
             flag = flag if contribution == contribution else NOT_A_NUMBER
-            atomic_or(address + 8 * (HEADER + CELLS * at + 2), flag)
+            atomic_or(place.address + 8 * (HEADER + CELLS * at + 2), flag)
         else:
             x = contribution * two_to(k >> 1) * two_to(k - (k >> 1))
             whole = rounded(x)
-            part = rounded((x - whole) * two_to(limb))
+            part = rounded((x - whole) * two_to(place.limb))
             if at != element:
                 if element >= 0:
-                    _send(address, element, high, low)
+                    _send(place.address, element, high, low)
                 element, high, low = at, np.int64(0), np.int64(0)
             high += np.int64(whole)
             low += np.int64(part)
-        return element, high, low
+        return Pending(element, high, low, k)
 
     return note
 
@@ -192,20 +209,20 @@ NOTE = {elem: _noting(elem) for elem in FLOAT}
 def _starting(elem: str) -> Any:
     shift, bias = (23, 127) if elem == "f32" else (52, 1023)
 
-    def start(stage, limb, address):
+    def start(place):
         k = np.int64(0)
-        if stage != 0:
-            k = limb - 1 - (max(load(address) >> shift, np.int64(1)) - bias)
-        return np.int64(-1), np.int64(0), np.int64(0), k
+        if place.stage != 0:
+            k = place.limb - 1 - (max(load(place.address) >> shift, np.int64(1)) - bias)
+        return Pending(np.int64(-1), np.int64(0), np.int64(0), k)
 
     return start
 
 
-def _flush(stage, address, element, high, low):
-    if stage == 0:
-        atomic_max(address, high)
-    elif element >= 0:
-        _send(address, element, high, low)
+def _flush(place, pending):
+    if place.stage == 0:
+        atomic_max(place.address, pending.high)
+    elif pending.element >= 0:
+        _send(place.address, pending.element, pending.high, pending.low)
 
 
 # --- the contributions of a pair --------------------------------------------------------------------------------------
@@ -221,9 +238,10 @@ def _adding_duals(mod: Any, elem: str, aux: Sequence[np.ndarray], n: int) -> Cal
     at, dual, convert, tangent_of = SCORES.AS_SHORT_INDEX[elem], DUALS.dual, DUALS.AS_DUAL[elem], DUALS.tangent_of
     zero, note = FLOAT[elem](0), NOTE[elem]
 
-    def add(score, b, h, i, j, table, weight, stage, limb, address, element, high, low, k):
+    def add(score, pair, table, weight, place, pending):
         record = cells()
         arguments = wrap(arrays(table), (), record)
+        b, h, i, j = pair
         s, b, h, i, j = dual(score, zero), at(position(b)), at(position(h)), at(position(i)), at(position(j))
         seed, reads = 0, 1 if weight != zero else 0
         while seed < reads:
@@ -232,13 +250,11 @@ def _adding_duals(mod: Any, elem: str, aux: Sequence[np.ndarray], n: int) -> Cal
             reads = record[READS]
             if seed < reads:
                 if record[ELEMENT] < 0:
-                    atomic_max(address + 8, INSIDE)
+                    atomic_max(place.address + 8, INSIDE)
                 else:
-                    element, high, low = note(
-                        stage, limb, address, record[ELEMENT], weight * tangent_of(y), element, high, low, k
-                    )
+                    pending = note(place, record[ELEMENT], weight * tangent_of(y), pending)
             seed += 1
-        return element, high, low, k
+        return pending
 
     return add
 
@@ -262,8 +278,9 @@ def _adding_by_hand(mod: Any, elem: str, aux: Sequence[np.ndarray], n: int) -> C
     natural, at, as_float = SCORES.AS_SCORE[elem], SCORES.AS_SHORT_INDEX[elem], AS_FLOAT[elem]
     zero, note, entries, entry, cell = FLOAT[elem](0), NOTE[elem], DUALS.numbers(elem, n + 2), n + 1, 2 * n
 
-    def add(score, b, h, i, j, table, weight, stage, limb, address, element, high, low, k):
+    def add(score, pair, table, weight, place, pending):
         if weight != zero:
+            b, h, i, j = pair
             record = cells()
             record[cell] = UNREAD
             arguments, plain = wrap(arrays(table), (), record), wrap_plain(arrays(table), (), 0)
@@ -271,10 +288,10 @@ def _adding_by_hand(mod: Any, elem: str, aux: Sequence[np.ndarray], n: int) -> C
             as_float(call(s, b, h, i, j, *arguments))
             slope = entries(grad(s, b, h, i, j, *plain))[entry]
             if record[cell] >= 0:
-                element, high, low = note(stage, limb, address, record[cell], weight * slope, element, high, low, k)
+                pending = note(place, record[cell], weight * slope, pending)
             else:
-                atomic_max(address + 8, INSIDE if record[cell] == OUTSIDE else ONE_ELEMENT)
-        return element, high, low, k
+                atomic_max(place.address + 8, INSIDE if record[cell] == OUTSIDE else ONE_ELEMENT)
+        return pending
 
     return add
 
@@ -282,6 +299,8 @@ def _adding_by_hand(mod: Any, elem: str, aux: Sequence[np.ndarray], n: int) -> C
 # --- all arrays -------------------------------------------------------------------------------------------------------
 
 NUMBER = types.int64
+PLACE = types.NamedUniTuple(NUMBER, len(Place._fields), Place)
+CARRIED = types.NamedUniTuple(NUMBER, PENDING, Pending)
 
 
 def aux_functions(mod: Any, elem: str, aux: Sequence[np.ndarray], asked: Sequence[bool]) -> AuxFunctions:
@@ -306,43 +325,53 @@ def _aux_functions(mod: Any, elem: str, aux: Sequence[np.ndarray], asked: tuple[
     starting, float_type = _starting(elem), SCORES.Score(elem).float
     length = PENDING * len(adding)
 
+    def places(context, builder, sums, value):
+        """A Place for each array."""
+        stage, limb, *addresses = cgutils.unpack_tuple(builder, value, sums.count)
+        return [context.make_tuple(builder, PLACE, [stage, limb, address]) for address in addresses]
+
+    def carried(context, builder, value):
+        """A Pending for each array."""
+        numbers = cgutils.unpack_tuple(builder, value, length)
+        each = [numbers[n : n + PENDING] for n in range(0, length, PENDING)]
+        return [context.make_tuple(builder, CARRIED, four) for four in each]
+
+    def joined(context, builder, result, each):
+        numbers = [number for four in each for number in cgutils.unpack_tuple(builder, four, PENDING)]
+        return context.make_tuple(builder, result, numbers)
+
     @intrinsic
     def start_all(typingctx, sums):
         def codegen(context, builder, sig, args):
-            stage, limb, *addresses = cgutils.unpack_tuple(builder, args[0], sums.count)
-            one, pending = types.UniTuple(NUMBER, PENDING)(NUMBER, NUMBER, NUMBER), []
-            for address in addresses:
-                four = context.compile_internal(builder, starting, one, [stage, limb, address])
-                pending += cgutils.unpack_tuple(builder, four, PENDING)
-            return context.make_tuple(builder, sig.return_type, pending)
+            each = [
+                context.compile_internal(builder, starting, CARRIED(PLACE), [place])
+                for place in places(context, builder, sums, args[0])
+            ]
+            return joined(context, builder, sig.return_type, each)
 
         return types.UniTuple(NUMBER, length)(sums), codegen
 
     @intrinsic
-    def add_all(typingctx, score, b, h, i, j, table, weight, sums, pending):
-        indices = (types.int32,) * 4
+    def add_all(typingctx, score, pair, table, weight, sums, pending):
+        four = types.UniTuple(types.int32, 4)
 
         def codegen(context, builder, sig, args):
-            stage, limb, *addresses = cgutils.unpack_tuple(builder, args[7], sums.count)
-            numbers = cgutils.unpack_tuple(builder, args[8], length)
-            one = types.UniTuple(NUMBER, PENDING)(float_type, *indices, table, float_type, *[NUMBER] * (3 + PENDING))
-            after = []
-            for n, (add, address) in enumerate(zip(adding, addresses, strict=True)):
-                values = [*args[:7], stage, limb, address, *numbers[PENDING * n : PENDING * (n + 1)]]
-                four = context.compile_internal(builder, add, one, values)
-                after += cgutils.unpack_tuple(builder, four, PENDING)
-            return context.make_tuple(builder, sig.return_type, after)
+            one = CARRIED(float_type, four, table, float_type, PLACE, CARRIED)
+            rest = zip(places(context, builder, sums, args[4]), carried(context, builder, args[5]), strict=True)
+            each = [
+                context.compile_internal(builder, add, one, [*args[:4], place, before])
+                for add, (place, before) in zip(adding, rest, strict=True)
+            ]
+            return joined(context, builder, sig.return_type, each)
 
-        return pending(float_type, *indices, table, float_type, sums, pending), codegen
+        return pending(float_type, four, table, float_type, sums, pending), codegen
 
     @intrinsic
     def flush_all(typingctx, sums, pending):
         def codegen(context, builder, sig, args):
-            stage, _, *addresses = cgutils.unpack_tuple(builder, args[0], sums.count)
-            numbers = cgutils.unpack_tuple(builder, args[1], length)
-            for n, address in enumerate(addresses):
-                values = [stage, address, *numbers[PENDING * n : PENDING * n + 3]]
-                context.compile_internal(builder, _flush, types.void(*[NUMBER] * 5), values)
+            rest = zip(places(context, builder, sums, args[0]), carried(context, builder, args[1]), strict=True)
+            for place, last in rest:
+                context.compile_internal(builder, _flush, types.void(PLACE, CARRIED), [place, last])
             return context.get_dummy_value()
 
         return types.void(sums, pending), codegen
@@ -350,8 +379,8 @@ def _aux_functions(mod: Any, elem: str, aux: Sequence[np.ndarray], asked: tuple[
     def start(sums):
         return start_all(sums)
 
-    def add(score, b, h, i, j, table, weight, sums, pending):
-        return add_all(score, b, h, i, j, table, weight, sums, pending)
+    def add(score, pair, table, weight, sums, pending):
+        return add_all(score, pair, table, weight, sums, pending)
 
     def flush(sums, pending):
         flush_all(sums, pending)

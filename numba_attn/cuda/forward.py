@@ -6,7 +6,7 @@ buffer, and two barriers a block order them. With few queries a block takes a pa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,23 +15,26 @@ from ..online import build as build_online
 from . import decode, scalar, tile
 from .code import SIZE, VECTOR
 from .compile import inline
-from .rows import bitmap_words, loaders, repairer
-from .scores import (
-    FLAG,
-    HIGH,
-    INNER_HIGH,
-    INNER_LOW,
-    LOW,
-    Features,
-    build_dropout,
-    build_exponent,
-    build_find,
-    build_locate,
-    build_modify,
-    exact_functions,
-    read_narrow,
-    table_bytes,
+from .queries import FLAG, block_of, build_find, build_locate, build_seen, read_narrow, table_bytes, where_of
+from .record import Features
+from .rows import Copies, bitmap_words, repairer, rows_of
+from .scalar import (
+    add,
+    choose,
+    commit,
+    load_row,
+    load_word,
+    mul,
+    multiply_add,
+    narrow,
+    opaque,
+    shared_max,
+    store_word,
+    sync,
+    thread,
+    wait_all,
 )
+from .step import Given, build_dropout, build_exponent, build_modify, exact_functions
 from .tiling import Tiling, placed, products
 
 
@@ -55,182 +58,176 @@ def build(t: Tiling, f: Features, split: int = 0) -> Any:
     instead of the result."""
     places = memory(t)
     TABLE, Q, K, V, P = (places[name] for name in ("table", "q", "k", "v", "p"))
-    BOUNDS = TABLE + t.rows * 16
-    ROWS, COLS = t.rows, t.cols
-    s_regs, o_regs = t.scores, t.output(t.v_dim)
-    functions = exact_functions(t.acc)
-    number, exp2, log2 = functions.number, functions.exp2, functions.log2
-    zero, ln2, log2e, minus_inf = number(0), number(LN2), number(1 / LN2), number(-np.inf)
-    choose, maximum = scalar.choose, max
-
-    online = build_online(inline, exp2, choose, inline(lambda m: m == minus_inf), inline(lambda m: zero))
-    safe, rescale = online.finite_or_zero, online.rescale
-    modify = build_modify(f, t.acc, TABLE)
-    whole, partial = tile.mapped(modify.whole, s_regs), tile.mapped(modify.partial, s_regs)
-    parts = products(t)
-    corner, output_corner = parts.corner, parts.output_corner
-    scores, weigh = parts.abt(t.qk_dim), parts.pb(t.v_dim)
-    guard = repairer(t, t.v_dim, places["bad"])
-    clear_bad, repair, spoil = guard.clear, guard.repair, guard.spoil
-    row_max, row_sum = tile.row_max(s_regs), tile.row_sum(s_regs)
-    tops = tile.row_mapped(lambda x, row, reals: largest(x, reals), s_regs)
-    larger = tile.each_row(_raised(t.mma, number, choose, maximum), s_regs)
-    alphas = tile.each_row(lambda old, new: rescale(old, new), s_regs)
-    exponent = build_exponent(f, t.acc)
-    weight, largest = exponent.weight, exponent.largest
-    weights = tile.with_row(lambda x, m, reals: weight(x, safe(m), reals), s_regs)
-    running = tile.each_row(lambda x, y: x * y, s_regs)
-    plus = tile.each_row(lambda x, y: x + y, s_regs)
-    inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), s_regs)
-    divided = tile.with_rows(_divided(t.acc), o_regs)
-    log_sums = tile.each_row(lambda m, l: choose(l == zero, minus_inf, (safe(m) + log2(l)) * ln2), s_regs)
-    scale_rows = tile.with_row(lambda x, y, _: x * y, o_regs)
-    start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(s_regs.rows), 0.0)
-    start_m, no_bits = tile.filled(t.acc, len(s_regs.rows), float("-inf")), tile.no_bits(s_regs.size)
-    hidden_bits = tile.hidden_bits(s_regs)
-    RAW, suspect, spoilt = f.raw, tile.suspect(s_regs), tile.mapped(lambda x, row, col, given: x + (x - x), s_regs)
-    # The result leaves through the queries' place, states through the values' if they are wider than the queries.
-    LEAVE, kind = (V, t.acc) if split and t.mma else (Q, t.storage)
-    LEAVE_SIZE, LEAVE_STRIDE = SIZE[kind], t.v_dim * SIZE[kind] + VECTOR
-    store_tile = scalar.store_tile(o_regs, kind, LEAVE_STRIDE, 2 if t.mma else VECTOR // LEAVE_SIZE)
-
-    copies = loaders(t, f.aligned)
-    load_q, load_k, load_v = (
-        copies.load_queries(t.qk_dim, ROWS),
-        copies.load(t.qk_dim, COLS),
-        copies.load(t.v_dim, COLS),
-    )
-    store_o, finite_v = copies.store_queries(t.v_dim, ROWS), copies.finite(t.v_dim, COLS)
-    locate, find, commit, wait_all, sync = (
-        build_locate(ROWS),
-        build_find(ROWS),
-        scalar.commit,
-        scalar.wait_all,
-        scalar.sync,
-    )
-    thread, block, udiv, urem, add, mul = scalar.thread, scalar.block, scalar.udiv, scalar.urem, scalar.add, scalar.mul
-    load_word, store_word, shared_max, narrow = scalar.load_word, scalar.store_word, scalar.shared_max, scalar.narrow
-    opaque = scalar.opaque
-    dropped, DROPOUT = build_dropout(s_regs, parts.element, TABLE, False), f.dropout
-    scaled_where = tile.scaled_where(s_regs)
-    EVERY, SPLIT, find_part, find_states = f.every_pair, split, decode.find_part, decode.find_states
-    keep_stats, keep_rows = decode.build_keep(t)
-    write_lse = tile.row_mapped(_writer(t.acc, TABLE), s_regs)
-    sink = _sink(t.acc, TABLE)
-    with_sink = tile.row_mapped(lambda m, row, given: maximum(m, sink(given, row) * log2e), s_regs)
-    sink_weight = tile.row_mapped(lambda m, row, given: exp2(sink(given, row) * log2e - safe(m)), s_regs)
+    AT_FLAG, ROWS, COLS = TABLE + t.rows * 16 + FLAG, t.rows, t.cols
+    EVERY, DROPOUT, SPLIT, find_part = f.every_pair, f.dropout, split, decode.find_part
+    parts, copies, guard = products(t), Copies(t, f.aligned), repairer(t, t.v_dim, places["bad"])
+    corner, weigh = parts.corner, parts.pb(t.v_dim)
+    clear_bad, repair = guard.clear, guard.repair
+    q_of, k_of, v_of = rows_of(f, "q", "qk_dim"), rows_of(f, "k", "qk_dim"), rows_of(f, "v", "v_dim")
+    load_q, load_k = copies.load_queries(t.qk_dim, ROWS), copies.load(t.qk_dim, COLS)
+    load_v, finite_v = copies.load(t.v_dim, COLS), copies.finite(t.v_dim, COLS)
+    locate, find, seen = build_locate(ROWS), build_find(ROWS), build_seen(ROWS, COLS)
+    scores, hidden_bits, no_bits = _scores(t, f, TABLE), tile.hidden_bits(t.scores), tile.no_bits(t.scores.size)
+    softmax = _softmax(t, f, TABLE)
+    start, follow, weights, plus = softmax.start, softmax.follow, softmax.weights, softmax.plus
+    dropped, scaled_where = build_dropout(t.scores, parts.element, TABLE, False), tile.scaled_where(t.scores)
+    number = exact_functions(t.acc).number
+    leave = _leave_states(t, f, places) if split else _leave_result(t, f, places, softmax)
 
     def forward(call, reals):
         tid = thread()
-        rest = udiv(block(), call.tiles)
-        index = call.tiles - 1 - np.int64(urem(block(), call.tiles))  # the longest rows of a causal call first
-        kv_head = urem(rest, call.kv_heads)
-        of = np.int64(udiv(rest, call.kv_heads))
+        of, kv_head, index = block_of(call)
+        part = 0
         if SPLIT:
             of, part = find_part(call, of)
         sequence = read_narrow(call, of)
-        b, q_start, q_len, k_start, k_len, offset, _prefix = sequence
-        head, first_row, count = find(call, q_len, index)
-        if count <= 0:
+        b, k_start, k_len = sequence.batch, sequence.k_start, sequence.k_len
+        queries = find(call, sequence.q_len, kv_head, index)
+        if queries.count <= 0:
             return
-        locate(call, tid, TABLE, sequence, kv_head, head, first_row, count)
-        first, last = mul(udiv(load_word(BOUNDS + LOW), COLS), COLS), load_word(BOUNDS + HIGH)
-        inner_low, inner_high = load_word(BOUNDS + INNER_LOW), load_word(BOUNDS + INNER_HIGH)
+        locate(call, tid, TABLE, sequence, queries)
+        first, last, inner_low, inner_high = seen(TABLE)
         if SPLIT:
             first, last = narrow(max(first, part * SPLIT)), narrow(min(last, part * SPLIT + SPLIT))
             if first >= last:
                 return
-        given = (call, reals, b, k_start, offset - q_start, 0)
-
-        k_base = call.k + b * call.k_b + kv_head * call.k_h + k_start * call.k_s
-        v_base = call.v + b * call.v_b + kv_head * call.v_h + k_start * call.v_s
-        where = (q_len, q_start + first_row, kv_head * call.group + head, count)
-        load_q(tid, Q, call.q + b * call.q_b, call.q_h, call.q_s, call.q_d, TABLE, where, call.qk_dim)
+        given = Given(call, reals, b, k_start, sequence.offset - sequence.q_start, 0)
+        k, v = k_of(call, b, kv_head, k_start), v_of(call, b, kv_head, k_start)
+        load_q(tid, Q, q_of(call, b, 0, 0), TABLE, where_of(call, sequence, queries))
         if first < last:
-            load_k(tid, K, k_base + first * call.k_s, call.k_s, call.k_d, k_len - first, call.qk_dim)
+            load_k(tid, K, k.base + first * k.stride_s, k, k_len - first)
         commit()
         clear_bad(tid)
         if tid == 0:
-            store_word(BOUNDS + FLAG, -1)
+            store_word(AT_FLAG, -1)
 
-        m, l, o = start_m(), start_l(), start_o()
+        m, l, o = start()
         for j0 in range(first, last, COLS):
             wait_all()
             sync()  # K is there, and V of the block before was read
-            load_v(tid, V, v_base + j0 * call.v_s, call.v_s, call.v_d, k_len - j0, call.v_dim)
+            load_v(tid, V, v.base + j0 * v.stride_s, v, k_len - j0)
             commit()
             row, col = corner(opaque(tid))
-            s = scores(tid, Q, K)
             edge = EVERY or j0 < inner_low or j0 + COLS > inner_high
-            if edge:
-                s = partial(s, row, add(j0, col), given)
-            else:
-                s = whole(s, row, add(j0, col), given)
-                if RAW and suspect(s):  # an infinite feature has no finite answer: NaN
-                    s = spoilt(s, row, col, given)
-            m_new = larger(m, tops(row_max(s), row, reals))
-            alpha = alphas(m, m_new)
+            s = scores(tid, edge, row, add(j0, col), given, Q, K)
+            m, alpha = follow(s, m, row, reals)
             bits = no_bits()
             if edge:
                 bits = hidden_bits(s)
-            p = weights(s, m_new, reals)
-            m = m_new
-            l = plus(running(l, alpha), row_sum(p))
+            p = weights(s, m, reals)
+            l = plus(l, alpha, p)
             if DROPOUT:
                 p = scaled_where(p, dropped(row, add(j0, col), given), number(reals.drop_scale))
             wait_all()
             sync()  # V is there, and K was read
             if j0 + COLS < last:
-                load_k(tid, K, k_base + (j0 + COLS) * call.k_s, call.k_s, call.k_d, k_len - j0 - COLS, call.qk_dim)
+                load_k(tid, K, k.base + (j0 + COLS) * k.stride_s, k, k_len - j0 - COLS)
             commit()
             if edge:
                 if not finite_v(tid, V):
-                    shared_max(BOUNDS + FLAG, j0)
+                    shared_max(AT_FLAG, j0)
                 sync()
-                if load_word(BOUNDS + FLAG) == j0:
+                if load_word(AT_FLAG) == j0:
                     repair(tid, row, col, bits, V)
             o = weigh(tid, o, alpha, p, V, P)
-
-        row, col = corner(opaque(tid))
-        if SPLIT:
-            n, step = find_states(call, of, kv_head)
-            states = (call, n + part, step, count)
-            if col == 0:
-                keep_stats(m, l, row, states)
-        else:
-            if call.sinks != 0:
-                m_new = with_sink(m, row, given)
-                alpha = alphas(m, m_new)
-                m = m_new
-                l = plus(running(l, alpha), sink_weight(m, row, given))
-                o = scale_rows(o, alpha, 0)
-            o = divided(o, l, inverse(l, l))
-            if call.lse != 0 and col == 0:
-                write_lse(log_sums(m, l), row, (call, b, count))
-        wait_all()
-        sync()  # Q and V were read: what leaves goes through their place
-        row_o, col_o = output_corner(tid)
-        if load_word(BOUNDS + FLAG) >= 0:
-            o = spoil(o, row_o, col_o, 0)
-        store_tile(o, add(LEAVE, add(mul(row_o, LEAVE_STRIDE), mul(col_o, LEAVE_SIZE))))
-        sync()
-        if SPLIT:
-            keep_rows(tid, LEAVE, states)
-        else:
-            store_o(tid, Q, call.out + b * call.out_b, call.out_h, call.out_s, call.out_d, TABLE, count, call.v_dim)
+        leave(tid, m, l, o, given, (queries, of, part))
 
     return forward
 
+
+def _scores(t: Tiling, f: Features, table: int) -> Any:
+    """(tid, edge, row, col, given, q, k) -> the scores as step.py has them, Q and K being at q and k. edge: some pair
+    of the tile may be hidden."""
+    regs, product, RAW = t.scores, products(t).abt(t.qk_dim), f.raw
+    modify = build_modify(f, t.acc, table)
+    whole, partial = tile.mapped(modify.whole, regs), tile.mapped(modify.partial, regs)
+    suspect, spoilt = tile.suspect(regs), tile.mapped(lambda x, row, col, given: x + (x - x), regs)
+
+    @inline
+    def scores(tid, edge, row, col, given, q, k):
+        s = product(tid, q, k)
+        if edge:
+            s = partial(s, row, col, given)
+        else:
+            s = whole(s, row, col, given)
+            if RAW and suspect(s):  # an infinite feature has no finite answer: NaN
+                s = spoilt(s, row, col, given)
+        return s
+
+    return scores
+
+
+# --- online softmax ---------------------------------------------------------------------------------------------------
 
 # A row's weights may be up to 2**LAZY: m stays where it is until a score is so much larger, so that o is rescaled once
 # or twice and not for every tile. What each row does is its own affair.
 LAZY = 8
 
 
-def _raised(lazy: bool, number: Any, choose: Any, maximum: Any) -> Any:
+class _Softmax(NamedTuple):
+    """Online softmax of a thread's rows, see online.py: functions for the kernel. m and l are tuples of one number a
+    row, alpha is 2**(m before - m)."""
+
+    start: Any  # () -> (m, l, o)
+    follow: Any  # (s, m, row, reals) -> (m, alpha)
+    weights: Any  # (s, m, reals) -> p
+    plus: Any  # (l, alpha, p) -> l
+    with_sinks: Any  # (m, l, o, row, call) -> (m, l, o)
+    over: Any  # (o, l) -> o / l, 0 where l is
+    log_sums: Any  # (m, l) -> lse
+
+
+def _softmax(t: Tiling, f: Features, table: int) -> _Softmax:
+    regs, o_regs, functions = t.scores, t.output(t.v_dim), exact_functions(t.acc)
+    number, exp2, log2 = functions.number, functions.exp2, functions.log2
+    zero, ln2, minus_inf = number(0), number(LN2), number(-np.inf)
+    online = build_online(inline, exp2, choose, inline(lambda m: m == minus_inf), inline(lambda m: zero))
+    safe, rescale, exponent = online.finite_or_zero, online.rescale, build_exponent(f, t.acc)
+    weight, largest = exponent.weight, exponent.largest
+
+    row_max, row_sum = tile.row_max(regs), tile.row_sum(regs)
+    tops = tile.row_mapped(lambda x, row, reals: largest(x, reals), regs)
+    larger = tile.each_row(_raised(t.mma, number), regs)
+    alphas = tile.each_row(lambda old, new: rescale(old, new), regs)
+    running = tile.each_row(lambda x, y: x * y, regs)
+    added = tile.each_row(lambda x, y: x + y, regs)
+    inverse = tile.each_row(lambda l, _: choose(l == zero, zero, number(1) / l), regs)
+    divided = tile.with_rows(_divided(t.acc), o_regs)
+    start_o, start_l = tile.filled(t.acc, o_regs.size, 0.0), tile.filled(t.acc, len(regs.rows), 0.0)
+    start_m = tile.filled(t.acc, len(regs.rows), float("-inf"))
+
+    @inline
+    def start():
+        return start_m(), start_l(), start_o()
+
+    @inline
+    def follow(s, m, row, reals):
+        new = larger(m, tops(row_max(s), row, reals))
+        return new, alphas(m, new)
+
+    @inline
+    def plus(l, alpha, p):
+        return added(running(l, alpha), row_sum(p))
+
+    @inline
+    def over(o, l):
+        return divided(o, l, inverse(l, l))
+
+    return _Softmax(
+        start=start,
+        follow=follow,
+        weights=tile.with_row(lambda x, m, reals: weight(x, safe(m), reals), regs),
+        plus=plus,
+        with_sinks=_with_sinks(t, table, safe, (alphas, running, added)),
+        over=over,
+        log_sums=tile.each_row(lambda m, l: choose(l == zero, minus_inf, (safe(m) + log2(l)) * ln2), regs),
+    )
+
+
+def _raised(lazy: bool, number: Any) -> Any:
     """(m, top) -> the new m. Not lazy: the kernels without tensor cores, which rescale while they multiply."""
     if not lazy:
-        return lambda m, top: maximum(m, top)
+        return lambda m, top: max(m, top)
     by = number(LAZY)
     return lambda m, top: choose(top <= m + by, m, top)
 
@@ -240,19 +237,110 @@ def _divided(acc: str) -> Any:
     made, where the yardstick is as exact as the kernel."""
     if acc == "f32":
         return lambda x, l, y: x * y
-    choose, fma = scalar.choose, scalar.multiply_add
 
     def divided(x, l, y):
         quotient = x * y
-        exact = fma(fma(-quotient, l, x), y, quotient)
+        exact = multiply_add(multiply_add(-quotient, l, x), y, quotient)
         return choose(exact == exact, exact, quotient)  # an infinite quotient has no remainder
 
     return divided
 
 
+def _with_sinks(t: Tiling, table: int, safe: Any, by_row: tuple[Any, Any, Any]) -> Any:
+    """(m, l, o, row, call) -> the same with each row's sink, a score without a value."""
+    regs, functions = t.scores, exact_functions(t.acc)
+    number, exp2, (alphas, times, plus) = functions.number, functions.exp2, by_row
+    load, log2e, size = scalar.load_global(t.acc, t.acc), number(1 / LN2), SIZE[t.acc]
+
+    @inline
+    def sink(call, row):
+        _, h, _, _ = load_row(add(table, mul(row, 16)))
+        return load(call.sinks + h * size) * log2e
+
+    top = tile.row_mapped(lambda m, row, call: max(m, sink(call, row)), regs)
+    weight = tile.row_mapped(lambda m, row, call: exp2(sink(call, row) - safe(m)), regs)
+    scale_rows = tile.with_row(lambda x, y, _: x * y, t.output(t.v_dim))
+
+    @inline
+    def with_sinks(m, l, o, row, call):
+        new = top(m, row, call)
+        alpha = alphas(m, new)
+        return new, plus(times(l, alpha), weight(new, row, call)), scale_rows(o, alpha, 0)
+
+    return with_sinks
+
+
+# --- the way out ------------------------------------------------------------------------------------------------------
+
+
+def _leave_result(t: Tiling, f: Features, places: dict[str, int], softmax: _Softmax) -> Any:
+    """(tid, m, l, o, given, (queries, sequence, part)): the result of a tile, through the queries' place."""
+    Q, TABLE = places["q"], places["table"]
+    corner, put = products(t).corner, _put(t, places, Q, t.storage)
+    out_of, store_o = rows_of(f, "out", "v_dim"), Copies(t, f.aligned).store_queries(t.v_dim, t.rows)
+    with_sinks, over, log_sums = softmax.with_sinks, softmax.over, softmax.log_sums
+    write_lse = tile.row_mapped(_writer(t.acc, TABLE), t.scores)
+
+    @inline
+    def leave(tid, m, l, o, given, whose):
+        call, b, count = given.call, given.batch, whose[0].count
+        row, col = corner(opaque(tid))
+        if call.sinks != 0:
+            m, l, o = with_sinks(m, l, o, row, call)
+        o = over(o, l)
+        if call.lse != 0 and col == 0:
+            write_lse(log_sums(m, l), row, (call, b, count))
+        put(tid, o)
+        out = out_of(call, b, 0, 0)
+        store_o(tid, Q, out.base, out, TABLE, count)
+
+    return leave
+
+
+def _leave_states(t: Tiling, f: Features, places: dict[str, int]) -> Any:
+    """The same of a part of the keys: the rows' states."""
+    # Through the queries' place, or the values' if they are wider than the queries.
+    AT = places["v"] if t.mma else places["q"]
+    corner, put = products(t).corner, _put(t, places, AT, t.acc if t.mma else t.storage)
+    find_states, (keep_stats, keep_rows) = decode.find_states, decode.build_keep(t)
+
+    @inline
+    def leave(tid, m, l, o, given, whose):
+        queries, of, part = whose
+        row, col = corner(opaque(tid))
+        n, step = find_states(given.call, of, queries.kv_head)
+        states = (given.call, n + part, step, queries.count)
+        if col == 0:
+            keep_stats(m, l, row, states)
+        put(tid, o)
+        keep_rows(tid, AT, states)
+
+    return leave
+
+
+def _put(t: Tiling, places: dict[str, int], at: int, kind: str) -> Any:
+    """(tid, o): numbers of this kind to shared memory at `at`, NaN where a hidden pair's value was not finite and some
+    other row's sees it; begins and ends with a barrier."""
+    AT_FLAG, size, stride = places["table"] + t.rows * 16 + FLAG, SIZE[kind], t.v_dim * SIZE[kind] + VECTOR
+    output_corner, spoil = products(t).output_corner, repairer(t, t.v_dim, places["bad"]).spoil
+    store_tile = scalar.store_tile(t.output(t.v_dim), kind, stride, 2 if t.mma else VECTOR // size)
+
+    @inline
+    def put(tid, o):
+        wait_all()
+        sync()  # Q and V were read
+        row, col = output_corner(tid)
+        if load_word(AT_FLAG) >= 0:
+            o = spoil(o, row, col, 0)
+        store_tile(o, add(at, add(mul(row, stride), mul(col, size))))
+        sync()
+
+    return put
+
+
 def _writer(acc: str, table: int) -> Any:
     """Writes the lse of one row."""
-    store, load_row, add, mul = scalar.store_global(acc), scalar.load_row, scalar.add, scalar.mul
+    store = scalar.store_global(acc)
 
     def write(value, row, given):
         call, b, count = given
@@ -262,15 +350,3 @@ def _writer(acc: str, table: int) -> Any:
         return value
 
     return write
-
-
-def _sink(acc: str, table: int) -> Any:
-    """The sink of a row's head."""
-    load, load_row, add, mul, size = scalar.load_global(acc, acc), scalar.load_row, scalar.add, scalar.mul, SIZE[acc]
-
-    @inline
-    def sink(given, row):
-        _, h, _, _ = load_row(add(table, mul(row, 16)))
-        return load(given[0].sinks + h * size)
-
-    return sink

@@ -132,16 +132,18 @@ def _ldmatrix(builder: Any, offset: Any, immediate: int, transposed: bool) -> li
     return unpack(builder, r, 4)
 
 
-def _mma(builder: Any, storage: str, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
-    """One product of fragments: 32 bytes of each row of A and B, 16 halves or 8 float32 rounded to tf32."""
+def _add_mma(builder: Any, storage: str, a: Sequence[Any], b: Sequence[Any], sums: list[Any], at: list[int]) -> None:
+    """Add a product of fragments to the sums `at`: 32 bytes of each row of A and B, 16 halves or 8 float32 rounded to
+    tf32."""
     shape, kind = ("m16n8k8", "tf32") if storage == "f32" else ("m16n8k16", storage)
     text = (
         f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     four = ir.LiteralStructType([FLOAT] * 4)
-    r = warp_asm(builder, four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c], False)
-    return unpack(builder, r, 4)
+    r = warp_asm(builder, four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *(sums[e] for e in at)], False)
+    for e, x in zip(at, unpack(builder, r, 4), strict=True):
+        sums[e] = x
 
 
 def _rounded(builder: Any, storage: str, words: Sequence[Any]) -> list[Any]:
@@ -179,10 +181,7 @@ def mma_abt(regs: Registers, storage: str, bytes_wide: int, a_stride: int, b_str
                     pair = _rounded(builder, storage, _ldmatrix(builder, at_b, 8 * n * b_stride + 32 * k, False))
                     for m in range(m_tiles):
                         for half in range(2):
-                            at = _fragment(regs, m, n + half)
-                            new = _mma(builder, storage, rows[m], pair[2 * half : 2 * half + 2], [acc[e] for e in at])
-                            for e, x in zip(at, new, strict=True):
-                                acc[e] = x
+                            _add_mma(builder, storage, rows[m], pair[2 * half :][:2], acc, _fragment(regs, m, n + half))
             return context.make_tuple(builder, sig.return_type, acc)
 
         return regs.type(a, b), codegen
@@ -210,11 +209,9 @@ def mma_pb(regs: Registers, p_regs: Registers, storage: str, b_stride: int) -> A
                     four = _ldmatrix(builder, at_b, 16 * k * b_stride + 16 * n, True)
                     for m in range(m_tiles):
                         for half in range(2):
-                            at = _fragment(regs, m, n + half)
-                            values = four[2 * half : 2 * half + 2]
-                            new = _mma(builder, storage, weights[m], values, [o[e] for e in at])
-                            for e, x in zip(at, new, strict=True):
-                                o[e] = x
+                            _add_mma(
+                                builder, storage, weights[m], four[2 * half :][:2], o, _fragment(regs, m, n + half)
+                            )
             return context.make_tuple(builder, sig.return_type, o)
 
         return regs.type(o, p, b), codegen
@@ -245,10 +242,7 @@ def tf32_pb(regs: Registers, p_regs: Registers, b_stride: int) -> Any:
                     places = [shared(builder, at_b, (8 * k + r) * b_stride + 32 * n, I32) for r in (0, 1)]
                     values = _rounded(builder, "f32", [builder.load(x, align=4) for x in places])
                     for m in range(m_tiles):
-                        at = _fragment(regs, m, n)
-                        new = _mma(builder, "f32", weights[m], values, [o[e] for e in at])
-                        for e, x in zip(at, new, strict=True):
-                            o[e] = x
+                        _add_mma(builder, "f32", weights[m], values, o, _fragment(regs, m, n))
             return context.make_tuple(builder, sig.return_type, o)
 
         return regs.type(o, p, b), codegen

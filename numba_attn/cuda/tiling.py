@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
+from typing import Any
 
-from . import multiply, scalar, tile
+from . import multiply, tile
 from .code import SIZE, VECTOR
 from .compile import inline
+from .scalar import add, any_lane, mul, sync_warp, udiv, urem
 from .tile import Registers
 
 
@@ -40,6 +41,11 @@ class Tiling:
     @property
     def size(self) -> int:
         return SIZE[self.storage]
+
+    @property
+    def warp_rows(self) -> int:
+        """Rows of a warp, where there are tensor cores."""
+        return self.rows // (self.threads // 32)
 
     def stride(self, dim: int) -> int:
         """Bytes from one row to the next in shared memory: an odd number of 16-byte units, so that eight rows lie in
@@ -78,118 +84,157 @@ class Tiling:
 CHUNK = 8  # columns of the output that a thread sums at a time (simt)
 
 
-def products(t: Tiling) -> SimpleNamespace:
-    """The products and corners of a tiling, for kernels to call."""
-    scores, add, mul, udiv, urem = t.scores, scalar.add, scalar.mul, scalar.udiv, scalar.urem
-    across, size, t_mma = t.across, t.size, t.mma
-    down = t.threads // max(across, 1)
-    if t.mma:
-        warp_rows = t.rows // (t.threads // 32)
+@dataclass(frozen=True)
+class Products:
+    """The products of a tiling, and where a thread's registers lie in them: functions for kernels to call."""
 
-        @inline
-        def corner(tid):
-            """The thread's own row and column in the scores."""
-            lane = urem(tid, 32)
-            return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
+    t: Tiling
+    corner: Any  # (tid) -> the thread's own row and column in the scores
+    output_corner: Any  # (tid) -> the same in what the scores' rows are summed into
+    element: Any  # (e) -> row and column, from the thread's corner, of element e of its scores
 
-        output_corner = corner
-
-    else:
-        vector = VECTOR // size
-
-        @inline
-        def corner(tid):
-            return udiv(tid, across), urem(tid, across)
-
-        @inline
-        def output_corner(tid):
-            return udiv(tid, across), mul(urem(tid, across), vector)
-
-    def abt(dim: int):
+    def abt(self, dim: int) -> Any:
         """(tid, a, b) -> A B', rows of `dim` numbers."""
-        stride = t.stride(dim)
-        if t.mma:
-            product = multiply.mma_abt(scores, t.storage, dim * size, stride, stride)
+        return _mma_abt(self.t, dim) if self.t.mma else _simt_abt(self.t, dim, self.corner)
 
-            @inline
-            def of(tid, a, b):
-                lane = urem(tid, 32)
-                row = add(mul(udiv(tid, 32), warp_rows), urem(lane, 16))
-                at_a = add(add(a, mul(row, stride)), mul(udiv(lane, 16), 16))
-                key = add(urem(lane, 8), mul(udiv(lane, 16), 8))
-                at_b = add(add(b, mul(key, stride)), mul(urem(udiv(lane, 8), 2), 16))
-                return product(at_a, at_b)
-
-        else:
-            product = multiply.simt_abt(scores, dim * size, stride, stride)
-
-            @inline
-            def of(tid, a, b):
-                row, col = corner(tid)
-                return product(add(a, mul(row, stride)), add(b, mul(col, stride)))
-
-        return of
-
-    def pb(dim: int, rescaled: bool = True):
+    def pb(self, dim: int, rescaled: bool = True) -> Any:
         """(tid, o, alpha, p, b, p_memory) -> alpha o + P B, rows of B of `dim` numbers. Not rescaled: alpha is 1."""
-        stride, regs = t.stride(dim), t.output(dim)
-        times, changes, any_lane = tile.with_row(_times, regs), tile.other_than_one(regs), scalar.any_lane
+        return _mma_pb(self.t, dim, rescaled) if self.t.mma else _simt_pb(self.t, dim, self.corner)
 
-        @inline
-        def scaled(o, alpha):
-            if rescaled and any_lane(changes(alpha)):
-                return times(o, alpha, 0)
-            return o
 
-        if t.mma and t.storage == "f32":
-            product = multiply.tf32_pb(regs, scores, stride)
+def products(t: Tiling) -> Products:
+    if t.mma:
+        corner = output_corner = _mma_corner(t)
+    else:
+        corner, output_corner = _simt_corners(t)
+    return Products(t, corner, output_corner, _element(t))
 
-            @inline
-            def of(tid, o, alpha, p, b, p_memory):
-                lane = urem(tid, 32)
-                at = add(add(b, mul(urem(lane, 4), 2 * stride)), mul(udiv(lane, 4), 4))
-                return product(scaled(o, alpha), p, at)
 
-        elif t.mma:
-            product = multiply.mma_pb(regs, scores, t.storage, stride)
-
-            @inline
-            def of(tid, o, alpha, p, b, p_memory):
-                lane = urem(tid, 32)
-                at = add(add(b, mul(urem(lane, 16), stride)), mul(udiv(lane, 16), 16))
-                return product(scaled(o, alpha), p, at)
-
-        else:
-            p_stride, sync_warp = t.p_stride, scalar.sync_warp
-            store = multiply.simt_store_p(scores, p_stride)
-            product = multiply.simt_pb(regs, t.cols, p_stride, stride, CHUNK)
-
-            @inline
-            def of(tid, o, alpha, p, b, p_memory):
-                row, col = corner(tid)
-                at = add(p_memory, mul(row, p_stride))
-                sync_warp()  # the row's threads are in one warp: nobody else reads or writes these rows of P
-                store(p, add(at, mul(col, size)))
-                sync_warp()
-                return product(o, alpha, at, add(b, mul(col, VECTOR)))
-
-        return of
-
-    n_cols = len(scores.cols)
+def _element(t: Tiling) -> Any:
+    n_cols, across, down, t_mma = len(t.scores.cols), t.across, t.threads // max(t.across, 1), t.mma
 
     @inline
     def element(e):
-        """Row and column, from the thread's corner, of element e of its scores."""
         a, c = udiv(e, n_cols), urem(e, n_cols)
         if t_mma:
             return mul(a, 8), add(mul(udiv(c, 2), 8), urem(c, 2))
         return mul(a, down), mul(c, across)
 
-    return SimpleNamespace(corner=corner, output_corner=output_corner, abt=abt, pb=pb, element=element)
+    return element
+
+
+# --- tensor cores -----------------------------------------------------------------------------------------------------
+
+
+def _mma_corner(t: Tiling) -> Any:
+    warp_rows = t.warp_rows
+
+    @inline
+    def corner(tid):
+        lane = urem(tid, 32)
+        return add(mul(udiv(tid, 32), warp_rows), udiv(lane, 4)), mul(urem(lane, 4), 2)
+
+    return corner
+
+
+def _mma_abt(t: Tiling, dim: int) -> Any:
+    stride, warp_rows = t.stride(dim), t.warp_rows
+    product = multiply.mma_abt(t.scores, t.storage, dim * t.size, stride, stride)
+
+    @inline
+    def abt(tid, a, b):
+        lane = urem(tid, 32)
+        row = add(mul(udiv(tid, 32), warp_rows), urem(lane, 16))
+        at_a = add(add(a, mul(row, stride)), mul(udiv(lane, 16), 16))
+        key = add(urem(lane, 8), mul(udiv(lane, 16), 8))
+        at_b = add(add(b, mul(key, stride)), mul(urem(udiv(lane, 8), 2), 16))
+        return product(at_a, at_b)
+
+    return abt
+
+
+def _mma_pb(t: Tiling, dim: int, rescaled: bool) -> Any:
+    stride, regs = t.stride(dim), t.output(dim)
+    times, changes = tile.with_row(_times, regs), tile.other_than_one(regs)
+
+    @inline
+    def scaled(o, alpha):
+        if rescaled and any_lane(changes(alpha)):
+            return times(o, alpha, 0)
+        return o
+
+    if t.storage == "f32":
+        product = multiply.tf32_pb(regs, t.scores, stride)
+
+        @inline
+        def pb(tid, o, alpha, p, b, p_memory):
+            lane = urem(tid, 32)
+            at = add(add(b, mul(urem(lane, 4), 2 * stride)), mul(udiv(lane, 4), 4))
+            return product(scaled(o, alpha), p, at)
+
+    else:
+        product = multiply.mma_pb(regs, t.scores, t.storage, stride)
+
+        @inline
+        def pb(tid, o, alpha, p, b, p_memory):
+            lane = urem(tid, 32)
+            at = add(add(b, mul(urem(lane, 16), stride)), mul(udiv(lane, 16), 16))
+            return product(scaled(o, alpha), p, at)
+
+    return pb
 
 
 def _times(x, y, _):
     return x * y
+
+
+# --- FMAs -------------------------------------------------------------------------------------------------------------
+
+
+def _simt_corners(t: Tiling) -> tuple[Any, Any]:
+    across, vector = t.across, VECTOR // t.size
+
+    @inline
+    def corner(tid):
+        return udiv(tid, across), urem(tid, across)
+
+    @inline
+    def output_corner(tid):
+        return udiv(tid, across), mul(urem(tid, across), vector)
+
+    return corner, output_corner
+
+
+def _simt_abt(t: Tiling, dim: int, corner: Any) -> Any:
+    stride = t.stride(dim)
+    product = multiply.simt_abt(t.scores, dim * t.size, stride, stride)
+
+    @inline
+    def abt(tid, a, b):
+        row, col = corner(tid)
+        return product(add(a, mul(row, stride)), add(b, mul(col, stride)))
+
+    return abt
+
+
+def _simt_pb(t: Tiling, dim: int, corner: Any) -> Any:
+    p_stride, size = t.p_stride, t.size
+    store = multiply.simt_store_p(t.scores, p_stride)
+    product = multiply.simt_pb(t.output(dim), t.cols, p_stride, t.stride(dim), CHUNK)
+
+    @inline
+    def pb(tid, o, alpha, p, b, p_memory):
+        row, col = corner(tid)
+        at = add(p_memory, mul(row, p_stride))
+        sync_warp()  # the row's threads are in one warp: nobody else reads or writes these rows of P
+        store(p, add(at, mul(col, size)))
+        sync_warp()
+        return product(o, alpha, at, add(b, mul(col, VECTOR)))
+
+    return pb
+
+
+# --- which tile -------------------------------------------------------------------------------------------------------
 
 
 def placed(sizes: dict[str, int]) -> dict[str, int]:
@@ -331,8 +376,7 @@ def padded(storage: str, across: int, qk_dim: int, v_dim: int) -> tuple[int, int
 def choose(
     kernel: str,
     storage: str,
-    qk_dim: int,
-    v_dim: int,
+    dims: tuple[int, int],
     memory: Callable[[Tiling], dict[str, int]],
     limit: int,
     *,
@@ -340,17 +384,17 @@ def choose(
     options: bool = False,
     cc: tuple[int, int] | None = None,
 ) -> Tiling | None:
-    """The tiling of a kernel for head sizes, on a device that gives a block `limit` bytes of shared memory and a
-    multiprocessor RESERVED more; None where there is none. tf32: tensor cores for float32; options: Features.options,
-    which the kernels of sums always have; cc: the compute capability, None for any."""
+    """The tiling of a kernel for head sizes (q's, v's), on a device that gives a block `limit` bytes of shared memory
+    and a multiprocessor RESERVED more; None where there is none. tf32: tensor cores for float32; options:
+    Features.options, which the kernels of sums always have; cc: the compute capability, None for any."""
     half = "half with options" if options or kernel == "sums" else "half"
     kind = "tf32" if tf32 and storage == "f32" else storage if storage in ("f32", "f64") else half
     for largest, shapes in _TABLES[kernel, kind]:
         fits = []
         if cc is not None and cc[0] == 9:
             shapes = _HOPPER.get((kernel, kind, largest), []) + shapes
-        for threads, rows, cols, across, stages in shapes if max(qk_dim, v_dim) <= largest else ():
-            t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, qk_dim, v_dim), stages)
+        for threads, rows, cols, across, stages in shapes if max(dims) <= largest else ():
+            t = Tiling(storage, threads, rows, cols, across, *padded(storage, across, *dims), stages)
             size = memory(t)["size"]
             if size <= limit:
                 fits.append(t)

@@ -128,9 +128,9 @@ class Built:
 
 def built(kernel: Kernel, cc: CC) -> Built | None:
     """The kernel as launch.py makes it on such a device; None where it has no tile there."""
-    from numba_attn.cuda import backward, decode, derivatives, forward, modifiers, sums, tiling
+    from numba_attn.cuda import backward, bias_sums, decode, derivatives, forward, modifiers, sums, tiling
     from numba_attn.cuda.host import loading
-    from numba_attn.cuda.scores import Features, signature
+    from numba_attn.cuda.record import Features, signature
 
     storage = "f32" if kernel.dtype == "tf32" else kernel.dtype
     acc = "f64" if storage == "f64" else "f32"
@@ -141,8 +141,7 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         t = tiling.choose(
             tiles,
             storage,
-            kernel.dim,
-            kernel.dim,
+            (kernel.dim, kernel.dim),
             memory,
             limit,
             tf32=kernel.dtype == "tf32",
@@ -171,7 +170,7 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
     if what == "decode":
         return tiled("decode", forward.build, forward.memory, replace(f, extra=decode.EXTRA), decode.KEYS)
     if what == "merge":
-        t = tiling.choose("decode", storage, 64, 64, forward.memory, limit)
+        t = tiling.choose("decode", storage, (64, 64), forward.memory, limit)
         f = Features(extra=decode.EXTRA)
         return untiled(lambda: decode.build_merge(t, f), f, decode.THREADS, decode.memory_merge(t)["size"])
     if what in ("rows", "fill"):
@@ -190,9 +189,9 @@ def built(kernel: Kernel, cc: CC) -> Built | None:
         f, which = replace(f, extra=backward.EXTRA), (what != "keys-dv", what != "keys-dk")
         return tiled("keys", backward.build_keys, backward.memory_keys, f, *which)
     if what.startswith("bias-"):
-        f = replace(f, bias="f32", extra=sums.BIAS)
+        f = replace(f, bias="f32", extra=bias_sums.BIAS)
         over = what in ("bias-rows", "bias-all"), what in ("bias-keys", "bias-all")
-        return tiled("sums", sums.build_bias, sums.memory_bias, f, *over, "f64")
+        return tiled("sums", bias_sums.build_bias, bias_sums.memory_bias, f, *over, "f64")
     if what == "aux":
         aux = (np.zeros((16, 4), np.float32),)
         mod = sums.with_score(modifiers.mod_function(t5, acc, aux))

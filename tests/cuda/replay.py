@@ -409,7 +409,7 @@ def profile(
     numpy_type = {"f16": "float16", "f32": "float32", "f64": "float64"}[dtype]
     with recording(cc) as device:
         name = "keys" if what.startswith("keys") else what
-        t = tiling.choose(name, dtype, dim, dim, MEMORY[name], device.shared_limit, tf32=tf32, cc=device.cc)
+        t = tiling.choose(name, dtype, (dim, dim), MEMORY[name], device.shared_limit, tf32=tf32, cc=device.cc)
         assert t is not None
     found = []
     for tiles in (1, 2 if what == "decode" else 4):

@@ -26,7 +26,7 @@ from numba_attn import plan
 from numba_attn.cuda import decode, forward
 from numba_attn.cuda.compile import cuda as numba_cuda
 from numba_attn.cuda.host import call, driver
-from numba_attn.cuda.scores import Features, signature
+from numba_attn.cuda.record import Features, signature
 from numba_attn.cuda.tiling import choose
 
 needs_ptxas = pytest.mark.skipif(ptxas.missing() is not None, reason=str(ptxas.missing()))
@@ -296,7 +296,7 @@ def test_nan_in_a_key_or_value_reaches_the_rows_that_see_it(cuda: emulator.Emula
 def both_kernels(dtype: str, dim: int, rows: int, cc: tuple[int, int]) -> Iterator[tuple[str, Any, int, int]]:
     """(name, what ptxas says, threads, bytes of shared memory)"""
     storage, f = call.STORAGE[dtype], Features(extra=decode.EXTRA)
-    t = choose("decode", storage, dim, dim, forward.memory, emulator.SHARED[cc])
+    t = choose("decode", storage, (dim, dim), forward.memory, emulator.SHARED[cc])
     assert t is not None
     t = decode.with_rows(t, rows)
     for name, kernel, threads, shared in (
@@ -406,7 +406,7 @@ def problems(ptx: str) -> dict[str, mutations.Run]:
 @pytest.mark.ladder
 @pytest.mark.parametrize("kind", mutations.KINDS)
 def test_bugs_in_the_merge_are_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    t = choose("decode", "f32", 40, 40, forward.memory, emulator.SHARED[8, 0])
+    t = choose("decode", "f32", (40, 40), forward.memory, emulator.SHARED[8, 0])
     assert t is not None
     loaded: list[str] = []
     with driver.use(emulator.EmulatedDevice((8, 0))) as device:

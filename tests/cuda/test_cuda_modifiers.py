@@ -436,7 +436,8 @@ def aux_kernel(fn: Any, elem: str, aux: tuple[Any, ...], asked: tuple[bool, ...]
     sums, pending = types.UniTuple(types.int64, 2 + count), types.UniTuple(types.int64, derivatives.PENDING * count)
     functions = derivatives.aux_functions(fn, elem, aux, asked)
     start = calling(functions.start, pending, (sums,))
-    add = calling(functions.add, pending, (real, *INDICES, table, real, sums, pending))
+    pair = types.UniTuple(types.int32, 4)
+    add = calling(functions.add, pending, (real, pair, table, real, sums, pending))
     flush = calling(functions.flush, types.void, (sums, pending))
 
     def kernel(s, weight, table, sums):
@@ -444,7 +445,7 @@ def aux_kernel(fn: Any, elem: str, aux: tuple[Any, ...], asked: tuple[bool, ...]
         carried = start((sums,))
         for n in range(KEYS // BLOCKS):
             j = cuda.blockIdx.x * (KEYS // BLOCKS) + n
-            carried = add((s[j, i], B, H, I + i, J + j, table, weight[j, i], sums, carried))
+            carried = add((s[j, i], (B, H, I + i, J + j), table, weight[j, i], sums, carried))
         flush((sums, carried))
 
     return compiled(kernel, (array_type(elem), array_type(elem), table, sums), cc)

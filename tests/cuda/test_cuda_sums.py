@@ -24,9 +24,11 @@ from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn import plan
-from numba_attn.cuda import derivatives, modifiers, scores, sums, tiling
+from numba_attn.cuda import bias_sums, derivatives, modifiers, record, sums, tiling
 from numba_attn.cuda.compile import kernel_ptx
 from numba_attn.cuda.host import driver, launch, loading
+from numba_attn.cuda.host.call import On
+from numba_attn.gradients import Backward
 
 SIZES = B, H, SQ, SK = 2, 2, 70, 40  # halves have tiles of 64 keys: SK_HALF
 SK_HALF, D = 67, 16
@@ -157,7 +159,7 @@ def test_long_sums_are_sums_in_float64(cuda: emulator.EmulatedDevice) -> None:
 # ---------------------------------------------------------------- slopes and sinks
 
 
-def on_host(problem: plan.Problem, options: dict[str, Any], dout: np.ndarray, **more: Any) -> Any:
+def on_host(problem: plan.Problem, options: dict[str, Any], dout: np.ndarray) -> Any:
     """What launch.attention_backward returns, of a call in layout "bhsd"."""
     q, k, v = problem.q, problem.k, problem.v
     out, lse = na.attention(q, k, v, **options, return_lse=True)
@@ -165,7 +167,8 @@ def on_host(problem: plan.Problem, options: dict[str, Any], dout: np.ndarray, **
     results = [np.empty(x.shape, x.dtype) for x in (q, k, v)]
     shape = None if slopes is None else np.atleast_2d(slopes).shape
     asked = tuple(a.dtype.kind == "f" for a in problem.aux)
-    return lse, launch.attention_backward(problem, out, lse, dout, None, *results, None, shape, asked, **more)[:4]
+    given, wanted = Backward(out, lse, dout, None, asked), launch.Wanted(*results, None, shape)
+    return lse, launch.attention_backward(problem, given, wanted, On(driver.current()))[:4]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -312,20 +315,20 @@ TILES = [("f16", 64), ("f32", 64), ("f64", 64), ("f16", 128), ("f32", 128), ("f6
     "storage, d", [pytest.param(s, d, marks=pytest.mark.ladder if (s, d) != ("f16", 64) else ()) for s, d in TILES]
 )
 def test_nothing_is_spilled(storage: str, d: int, cc: tuple[int, int]) -> None:
-    def spilled(build: Any, t: tiling.Tiling, f: scores.Features, *more: Any) -> int:
+    def spilled(build: Any, t: tiling.Tiling, f: record.Features, *more: Any) -> int:
         bounds = loading.bounds(build, t, t.threads)
-        r = ptxas.assemble(kernel_ptx(lambda: build(t, f, *more), scores.signature(f.fields), cc, bounds, None), cc)
+        r = ptxas.assemble(kernel_ptx(lambda: build(t, f, *more), record.signature(f.fields), cc, bounds, None), cc)
         return r.spill_stores + r.spill_loads + r.stack
 
-    t = tiling.choose("sums", storage, d, d, sums.memory_bias, emulator.SHARED[cc], cc=cc)
+    t = tiling.choose("sums", storage, (d, d), bias_sums.memory_bias, emulator.SHARED[cc], cc=cc)
     assert t is not None
-    f = scores.Features(bias="f32", derivatives=True, extra=sums.BIAS)
+    f = record.Features(bias="f32", derivatives=True, extra=bias_sums.BIAS)
     for sum_rows, sum_keys in itertools.product((False, True), repeat=2):
-        assert spilled(sums.build_bias, t, f, sum_rows, sum_keys, "f64") == 0, (sum_rows, sum_keys)
+        assert spilled(bias_sums.build_bias, t, f, sum_rows, sum_keys, "f64") == 0, (sum_rows, sum_keys)
 
-    t = tiling.choose("sums", storage, d, d, sums.memory_aux, emulator.SHARED[cc], cc=cc)
+    t = tiling.choose("sums", storage, (d, d), sums.memory_aux, emulator.SHARED[cc], cc=cc)
     assert t is not None
     aux = (np.zeros((4, 9), np.float32),)
     mod = sums.with_score(modifiers.mod_function(table_by_distance, t.acc, aux))
-    f = scores.Features(score_mod=mod, score_table=5, derivatives=True, extra=sums.aux_fields(1))
+    f = record.Features(score_mod=mod, score_table=5, derivatives=True, extra=sums.aux_fields(1))
     assert spilled(sums.build_aux, t, f, derivatives.aux_functions(table_by_distance, t.acc, aux, (True,))) == 0

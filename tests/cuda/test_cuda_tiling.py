@@ -9,13 +9,13 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip insta
 
 from emulator import SHARED
 
-from numba_attn.cuda import backward, decode, forward, sums, tiling
+from numba_attn.cuda import backward, bias_sums, decode, forward, sums, tiling
 from numba_attn.cuda.code import VECTOR
 
 KERNELS = {"forward": forward.memory, "queries": backward.memory_queries, "keys": backward.memory_keys}
 # kernel -> whose tiles it has, and what it keeps in them
 MEMORY = {name: (name, memory) for name, memory in KERNELS.items()} | {
-    "decode": ("decode", forward.memory), "bias": ("sums", sums.memory_bias), "aux": ("sums", sums.memory_aux),
+    "decode": ("decode", forward.memory), "bias": ("sums", bias_sums.memory_bias), "aux": ("sums", sums.memory_aux),
 }  # fmt: skip
 HEAD_SIZES = range(1, tiling.LARGEST + 1)
 PAIRS = list(itertools.product((1, 16, 59, 64, 100, 128, 192, 256), repeat=2))  # (Dk, Dv)
@@ -31,7 +31,7 @@ def test_a_tile_fits(kernel: str, storage: str, tf32: bool, cc: tuple[int, int])
         pytest.skip("decode has no tf32")
     tiles, memory = MEMORY[kernel]
     for (qk_dim, v_dim), options in itertools.product([(d, d) for d in HEAD_SIZES] + PAIRS, (False, True)):
-        t = tiling.choose(tiles, storage, qk_dim, v_dim, memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
+        t = tiling.choose(tiles, storage, (qk_dim, v_dim), memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
         assert t is not None
         places = memory(t)
         if kernel == "decode":  # the same kernel with fewer rows, and the one that joins its parts
@@ -52,7 +52,7 @@ def test_threads_share_a_tile_evenly(kernel: str, storage: str, tf32: bool) -> N
     number of them: eight rows then lie in eight different groups of banks."""
     memory = KERNELS[kernel]
     for (qk_dim, v_dim), options, cc in itertools.product(PAIRS, (False, True), ((9, 0), (10, 0))):
-        t = tiling.choose(kernel, storage, qk_dim, v_dim, memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
+        t = tiling.choose(kernel, storage, (qk_dim, v_dim), memory, SHARED[cc], tf32=tf32, options=options, cc=cc)
         assert t is not None
         for regs, cols in ((t.scores, t.cols), (t.output(t.qk_dim), t.qk_dim), (t.output(t.v_dim), t.v_dim)):
             assert regs.size * t.threads == t.rows * cols

@@ -16,7 +16,7 @@ from ...online import LOG2E
 from ...userfn import accepted
 from .. import modifiers
 from ..code import SIZE, VECTOR
-from ..scores import REALS, Features
+from ..record import REALS, Features
 from ..tiling import LARGEST, Tiling, choose
 from .loading import bounds, loaded
 
@@ -42,103 +42,83 @@ class Placed:
     keep: Any = None
 
 
+class On(NamedTuple):
+    """Where a call runs, and how."""
+
+    device: Any
+    stream: int = 0
+    on_device: bool = False  # the problem's arrays are shadows, NumPy views of device memory that nobody may read here
+    tf32: bool = False  # float32 by tensor cores
+    lasting: bool = False  # for a Prepared: the call's `steps` are kept
+
+
 class Call:
     """One problem on one device: its arrays there, the features that it needs and the numbers that kernels take.
 
-    on_device: the problem's arrays are shadows, NumPy views of device memory that nobody may read here.
-    tf32: float32 by tensor cores.
     steps: what was launched: function, grid, threads, bytes of shared memory, parameters and their names.
-    lasting: for a Prepared: `steps` are kept.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        device: Any,
-        stream: int,
-        on_device: bool,
-        derivatives: bool = False,
-        tf32: bool = False,
-        lasting: bool = False,
-    ):
-        self.problem, self.device, self.stream, self.on_device = problem, device, stream, on_device
-        self.tf32, self.lasting = tf32, lasting
+    def __init__(self, problem: Problem, on: On, derivatives: bool = False):
+        self.problem = problem
+        self.device, self.stream, self.on_device, self.tf32, self.lasting = on
         self.steps: list[tuple[Any, int, int, int, bytes, tuple[str, ...]]] = []
-        check(problem, device)
-        if tf32 and problem.dtype != np.float32:
+        check(problem, self.device)
+        if self.tf32 and problem.dtype != np.float32:
             raise ValueError(
                 f"precision is 'tf32' and q has dtype {problem.dtype}; tf32 is a way to compute with float32 arrays"
             )
-        if not on_device:  # else asked before there were results
-            device.refuse_capture(stream)
+        if not self.on_device:  # else asked before there were results
+            self.device.refuse_capture(self.stream)
         self.storage = STORAGE[problem.dtype.name]
         self.acc = "f64" if self.storage == "f64" else "f32"
         self.keep: list[Any] = []
         self.scratch: tuple[Any, dict[str, int]] | None = None  # see workspace
         self.numbers: dict[str, int] = {}
-        p = problem
-        for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+        for name, x in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
             self.place(name, x)
-        sequences = self.small(p.sequences)
-        # Scores are in log2 units as soon as nothing comes behind that is in natural ones (Features.natural).
-        late = p.bias is not None or p.slopes is not None or p.score_mod is not None
-        unit = 1.0 if late else LOG2E
-        self.numbers |= {
-            "kv_heads": p.kv_heads,
-            "group": p.q_heads // p.kv_heads,
-            "qk_dim": p.qk_dim,
-            "v_dim": p.v_dim,
-            "sequences": sequences,
-            "left": -1 if p.left >= OPEN else p.left,
-            "right": -1 if p.right >= OPEN else p.right,
-            "has_prefix": int(p.has_prefix),
-            "seed": p.seed - 2**64 if p.seed >= 2**63 else p.seed,
-            "drop_below": round(p.dropout_p * 2**32),
-        }
-        self.reals = {
-            "scale": p.scale / p.softcap if p.softcap else p.scale * unit,
-            "softcap": p.softcap * unit,
-            "drop_scale": 1.0 / (1.0 - p.dropout_p),
-            "grad_scale": p.scale,
-        }
+        self.numbers |= {"sequences": self.small(problem.sequences), **_sizes(problem)}
+        self.reals = _reals(problem)
+        self._place_options()
+        self.features = self._features(derivatives)
+
+    def _place_options(self) -> None:
+        """The arrays that a call may have besides q, k and v, but for those of users' functions."""
+        p, n = self.problem, self.numbers
         if p.start is not None and p.end is not None:
-            self.numbers |= {"start": self.small(p.start), "end": self.small(p.end)}
-            for axis, n, stride in zip("bhs", p.start.shape, p.start.strides, strict=True):
-                self.numbers[f"bounds_{axis}"] = stride if n > 1 else 0
+            n |= {"start": self.small(p.start), "end": self.small(p.end)}
+            for axis, size, stride in zip("bhs", p.start.shape, p.start.strides, strict=True):
+                n[f"bounds_{axis}"] = stride if size > 1 else 0
         if p.slopes is not None:
-            self.numbers["slopes"] = self.given(p.slopes)
-            self.numbers["slopes_b"] = p.slopes.strides[0] if len(p.slopes) > 1 else 0
+            n["slopes"] = self.given(p.slopes)
+            n["slopes_b"] = p.slopes.strides[0] if len(p.slopes) > 1 else 0
         if p.sinks is not None:
-            self.numbers["sinks"] = self.given(p.sinks)
+            n["sinks"] = self.given(p.sinks)
         if p.bias is not None:
             self.place_pairs("bias", p.bias)
-        for n, mask in enumerate(p.masks):
-            self.place_pairs(f"mask{n}", mask)
-        for n, (q_ids, k_ids) in enumerate(p.segments):
-            self.numbers |= {f"q_ids{n}": self.small(q_ids), f"k_ids{n}": self.small(k_ids)}
-            self.numbers[f"q_ids{n}_b"] = q_ids.strides[0] if len(q_ids) > 1 else 0
-            self.numbers[f"k_ids{n}_b"] = k_ids.strides[0] if len(k_ids) > 1 else 0
-        mask_mods, sizes = [], []
-        for n, (fn, aux) in enumerate(p.mask_mods):
-            table = self.table(aux, on_device=False)
-            self.numbers |= {f"mask_mod{n}_{x}": number for x, number in enumerate(table)}
-            mask_mods.append(modifiers.mask_function(fn, self.acc, aux))
-            sizes.append(len(table))
+        for m, mask in enumerate(p.masks):
+            self.place_pairs(f"mask{m}", mask)
+        for m, (q_ids, k_ids) in enumerate(p.segments):
+            n |= {f"q_ids{m}": self.small(q_ids), f"k_ids{m}": self.small(k_ids)}
+            n[f"q_ids{m}_b"] = q_ids.strides[0] if len(q_ids) > 1 else 0
+            n[f"k_ids{m}_b"] = k_ids.strides[0] if len(k_ids) > 1 else 0
+
+    def _features(self, derivatives: bool) -> Features:
+        """What decides the code; places the arrays that users' functions read."""
+        p = self.problem
+        tables = [self._place_table(f"mask_mod{n}", aux, False) for n, (_, aux) in enumerate(p.mask_mods)]
         mod, size = None, 0
         if p.score_mod is not None:
-            table = self.table(p.aux, on_device)
-            self.numbers |= {f"score_mod_{x}": number for x, number in enumerate(table)}
-            size = len(table)
+            size = self._place_table("score_mod", p.aux, self.on_device)
             make = modifiers.slope_function if derivatives else modifiers.mod_function
             mod = make(p.score_mod if derivatives else function_of(p.score_mod), self.acc, p.aux)
-        self.features = Features(
+        return Features(
             softcap=p.softcap != 0.0,
             bias="" if p.bias is None else STORAGE[p.bias.dtype.name],
             slopes=p.slopes is not None,
             masks=len(p.masks),
             segments=len(p.segments),
-            mask_mods=tuple(mask_mods),
-            mask_tables=tuple(sizes),
+            mask_mods=tuple(modifiers.mask_function(fn, self.acc, aux) for fn, aux in p.mask_mods),
+            mask_tables=tuple(tables),
             score_mod=mod,
             score_table=size,
             dropout=p.dropout_p > 0,
@@ -187,8 +167,8 @@ class Call:
         for axis, stride in zip("bhij", at.strides, strict=True):
             self.numbers[f"{name}_{axis}"] = stride
 
-    def table(self, aux: tuple[Array, ...], on_device: bool) -> tuple[int, ...]:
-        """The numbers of arrays that a user's function reads."""
+    def _place_table(self, name: str, aux: tuple[Array, ...], on_device: bool) -> int:
+        """The arrays that a user's function reads, as fields of the call: how many fields."""
         rows = []
         for a in aux:
             if on_device:
@@ -196,7 +176,9 @@ class Call:
             else:
                 base = np.asarray(a, order="C")  # ascontiguousarray gives an array of no axis one
                 rows.append((self.small(base), base.shape, base.strides))
-        return modifiers.aux_numbers(rows)
+        table = modifiers.aux_numbers(rows)
+        self.numbers |= {f"{name}_{x}": number for x, number in enumerate(table)}
+        return len(table)
 
     def result(self, name: str, shape: tuple[int, ...], dtype: Any, target: Array | None) -> Any:
         """Memory for a result: the caller's own, where that is on the device. Returns what `fetch` takes."""
@@ -292,8 +274,7 @@ class Call:
         t = choose(
             kernel,
             self.storage,
-            p.qk_dim,
-            p.v_dim,
+            (p.qk_dim, p.v_dim),
             memory,
             self.device.shared_limit,
             tf32=self.tf32 and kernel != "decode",
@@ -307,6 +288,34 @@ class Call:
                 "backend='cpu' takes any head size"
             )
         return t
+
+
+def _sizes(p: Problem) -> dict[str, int]:
+    """The numbers of a problem that are no addresses or strides."""
+    return {
+        "kv_heads": p.kv_heads,
+        "group": p.q_heads // p.kv_heads,
+        "qk_dim": p.qk_dim,
+        "v_dim": p.v_dim,
+        "left": -1 if p.left >= OPEN else p.left,
+        "right": -1 if p.right >= OPEN else p.right,
+        "has_prefix": int(p.has_prefix),
+        "seed": p.seed - 2**64 if p.seed >= 2**63 else p.seed,
+        "drop_below": round(p.dropout_p * 2**32),
+    }
+
+
+def _reals(p: Problem) -> dict[str, float]:
+    """The numbers of record.REALS."""
+    # Scores are in log2 units as soon as nothing comes behind that is in natural ones (Features.natural).
+    late = p.bias is not None or p.slopes is not None or p.score_mod is not None
+    unit = 1.0 if late else LOG2E
+    return {
+        "scale": p.scale / p.softcap if p.softcap else p.scale * unit,
+        "softcap": p.softcap * unit,
+        "drop_scale": 1.0 / (1.0 - p.dropout_p),
+        "grad_scale": p.scale,
+    }
 
 
 class _Span(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from ...arrays import Array
 from .. import code, scalar
 from ..compile import inline
-from ..scores import REALS, Features
+from ..record import REALS, Features
 from .arrays import DeviceArray, empty
 from .call import STORAGE
 from .loading import loaded

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ...arrays import Array
-from .. import backward, decode, derivatives, forward, modifiers, sums
+from ...gradients import Backward
+from .. import backward, bias_sums, decode, derivatives, forward, modifiers, sums
 from ..code import SIZE
-from ..scores import Features
+from ..record import Features
 from . import driver
-from .call import STORAGE, Call, Result, c_strides, function_of
+from .call import STORAGE, Call, On, Result, c_strides, function_of
 from .prepared import Prepared
 
 if TYPE_CHECKING:
@@ -22,24 +23,14 @@ if TYPE_CHECKING:
 # --- the calls --------------------------------------------------------------------------------------------------------
 
 
-def attention(
-    problem: Problem,
-    out: Array,
-    lse: Array | None,
-    stream: int = 0,
-    on_device: bool = False,
-    device: Any = None,
-    tf32: bool = False,
-    lasting: bool = False,
-) -> Prepared | None:
+def attention(problem: Problem, out: Array, lse: Array | None, on: On) -> Prepared | None:
     """Write out, and lse if wanted, (B, H, S, D) and (B, H, S) views.
 
-    on_device: they and the problem's arrays are shadows of device memory; the work is left on the stream.
-    lasting: what later calls need that differ in addresses alone is returned, all of them on_device; the problem has no
-        array but q, k and v.
+    on.on_device: they and the problem's arrays are shadows of device memory; the work is left on the stream.
+    on.lasting: what later calls need that differ in addresses alone is returned, all of them on_device; the problem has
+        no array but q, k and v.
     """
-    device = driver.current() if device is None else device
-    call = Call(problem, device, stream, on_device, tf32=tf32, lasting=lasting)
+    call = Call(problem, on)
     p = problem
     shape = (p.batch, p.q_heads, p.q_len, p.v_dim)
     results = [(call.result("out", shape, p.dtype, out), out)]
@@ -69,7 +60,7 @@ def attention(
     for result, target in results:
         call.fetch(result, target)
     call.finish()
-    return Prepared(call) if lasting else None
+    return Prepared(call) if on.lasting else None
 
 
 def _decode(call: Call) -> None:
@@ -103,104 +94,114 @@ def _fill(call: Call) -> None:
     call.run(backward.build_fill, None, f, grid, backward.ROWS_THREADS, 0, call.storage, call.acc)
 
 
+class Wanted(NamedTuple):
+    """What a backward pass is to give: results to write, and the shapes of others, None for what is not wanted."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    bias_shape: tuple[int, ...] | None
+    slopes_shape: tuple[int, ...] | None
+
+
 def attention_backward(
-    problem: Problem,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    dlse: Array | None,
-    dq: Array,
-    dk: Array,
-    dv: Array,
-    dbias_shape: tuple[int, ...] | None,
-    dslopes_shape: tuple[int, ...] | None,
-    asked: tuple[bool, ...],
-    stream: int = 0,
-    on_device: bool = False,
-    device: Any = None,
-    tf32: bool = False,
-    lasting: bool = False,
+    problem: Problem, given: Backward, wanted: Wanted, on: On
 ) -> tuple[Any, Any, tuple[Any, ...], Any, Prepared | None]:
-    """Write dq, dk and dv; return dbias, dslopes, daux and dsinks, None for what is not there, and with `lasting` what
+    """Write dq, dk and dv; return dbias, dslopes, daux and dsinks, None for what is not there, and with on.lasting what
     `attention` returns.
 
-    on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned are Results in
+    on.on_device: as for `attention`; dq, dk and dv are shadows of arrays without gaps. What is returned are Results in
         these shapes and in the argument's dtype, acc or float64.
     """
-    p, device = problem, driver.current() if device is None else device
-    call = Call(p, device, stream, on_device, derivatives=True, tf32=tf32, lasting=lasting)
-    for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse)):
+    p, call = problem, Call(problem, on, derivatives=True)
+    for name, x in (("out", given.out), ("lse", given.lse), ("dout", given.dout), ("dlse", given.dlse)):
         if x is not None:
             call.place(name, x)
-    q_shape = (p.batch, p.q_heads, p.q_len)
-    kv_shape = (p.batch, p.kv_heads, p.kv_len)
+    results = _place_results(call, wanted)
+    _row_stats(call)
+    names = ("q", "k", "v", "dout", "dq", "dk", "dv")
+    f = replace(call.features, aligned=call.aligned(names), extra=backward.EXTRA)
+    dbias = _query_gradients(call, f, wanted)
+    _key_gradients(call, f)
+
+    dslopes = dsinks = None
+    if wanted.bias_shape is not None and dbias is None:
+        dbias = _bias_sums(call, f, wanted.bias_shape)
+    if wanted.slopes_shape is not None:
+        dslopes = _head_sums(call, "slopes", wanted.slopes_shape)
+    if p.sinks is not None:
+        dsinks = _head_sums(call, "sinks", (1, p.q_heads))
+    daux = _aux_sums(call, f, given.asked) if any(given.asked) else (None,) * len(p.aux)
+
+    if on.on_device:
+        call.finish()
+        return dbias, dslopes, daux, dsinks, Prepared(call) if on.lasting else None
+    for result, target in results:
+        call.fetch(result, target)
+    fetched = [call.fetched(x) for x in (dbias, dslopes, dsinks, *daux)]
+    call.finish()
+    return fetched[0], fetched[1], tuple(fetched[3:]), fetched[2], None
+
+
+def _place_results(call: Call, wanted: Wanted) -> list[tuple[Any, Array]]:
+    """dq, dk and dv as `Call.fetch` takes them; zeros where rows are in no sequence."""
+    p = call.problem
+    q_shape, kv_shape = (p.batch, p.q_heads, p.q_len), (p.batch, p.kv_heads, p.kv_len)
     results = [
-        (call.result("dq", (*q_shape, p.qk_dim), p.dtype, dq), dq),
-        (call.result("dk", (*kv_shape, p.qk_dim), p.dtype, dk), dk),
-        (call.result("dv", (*kv_shape, p.v_dim), p.dtype, dv), dv),
+        (call.result("dq", (*q_shape, p.qk_dim), p.dtype, wanted.dq), wanted.dq),
+        (call.result("dk", (*kv_shape, p.qk_dim), p.dtype, wanted.dk), wanted.dk),
+        (call.result("dv", (*kv_shape, p.v_dim), p.dtype, wanted.dv), wanted.dv),
     ]
-    sequences = p.sequences
-    if int(sequences[:, 2].sum()) < p.batch * p.q_len or int(sequences[:, 4].sum()) < p.batch * p.kv_len:
+    if int(p.sequences[:, 2].sum()) < p.batch * p.q_len or int(p.sequences[:, 4].sum()) < p.batch * p.kv_len:
         for result, target in results:
             call.clear(result, target)
-    acc = np.dtype(p.acc)
-    rows = int(np.prod(q_shape))
-    call.workspace(2 * rows * acc.itemsize, log_sums=0, deltas=rows * acc.itemsize)
+    return results
+
+
+def _row_stats(call: Call) -> None:
+    """L and delta of every row, for the kernels that follow."""
+    p, size = call.problem, SIZE[call.acc]
+    rows = p.batch * p.q_heads * p.q_len
+    call.workspace(2 * rows * size, log_sums=0, deltas=rows * size)
     call.numbers |= {
-        "stats_b": p.q_heads * p.q_len * acc.itemsize,
-        "stats_h": p.q_len * acc.itemsize,
+        "stats_b": p.q_heads * p.q_len * size,
+        "stats_h": p.q_len * size,
         "out_rows": rows,
         "tiles": p.q_len,
     }
-    extra: tuple[str, ...] = backward.EXTRA
     grid = -(-rows // (backward.ROWS_THREADS // 32))
-    f = Features(extra=extra)
+    f = Features(extra=backward.EXTRA)
     call.run(backward.build_rows, None, f, grid, backward.ROWS_THREADS, 0, call.storage, call.acc)
 
-    names = ("q", "k", "v", "dout", "dq", "dk", "dv")
-    f = replace(call.features, aligned=call.aligned(names), extra=extra)
-    more: tuple[str, ...] = extra
-    dbias = dslopes = dsinks = None
-    pairs = (*q_shape, p.kv_len)
-    if dbias_shape == pairs:
-        dbias = call.result("dbias", pairs, acc, None)
+
+def _query_gradients(call: Call, f: Features, wanted: Wanted) -> Result | None:
+    """dq, and rows' parts of the gradient of slopes; that of a bias of every pair is returned."""
+    p, q_shape, dbias = call.problem, call.problem.q.shape[:3], None
+    more: tuple[str, ...] = f.extra
+    if wanted.bias_shape == (*q_shape, p.kv_len):
+        dbias = call.result("dbias", wanted.bias_shape, p.acc, None)
         for axis, stride in zip("bhij", (call.numbers[f"dbias_{x}"] for x in "bhsd"), strict=True):
             call.numbers[f"dbias_{axis}"] = stride
-        device.fill(dbias[0], 0, stream)
+        call.device.fill(dbias[0], 0, call.stream)
         more += backward.DBIAS
-    if dslopes_shape is not None:
-        device.fill(call.result("dslopes", q_shape, acc, None)[0], 0, stream)
+    if wanted.slopes_shape is not None:
+        call.device.fill(call.result("dslopes", q_shape, p.acc, None)[0], 0, call.stream)
         more += backward.DSLOPES
-
     t = call.tiling("queries", backward.memory_queries)
     call.numbers["tiles"] = tiles = call.tiles(t.rows)
-    heads = p.kv_heads * len(sequences)
-    shared = backward.memory_queries(t)["size"]
-    call.run(backward.build_queries, t, replace(f, extra=more), tiles * heads, t.threads, shared)
+    grid, shared = tiles * p.kv_heads * len(p.sequences), backward.memory_queries(t)["size"]
+    call.run(backward.build_queries, t, replace(f, extra=more), grid, t.threads, shared)
+    return dbias
 
-    t = call.tiling("keys", backward.memory_keys)
+
+def _key_gradients(call: Call, f: Features) -> None:
+    """dk and dv, by one kernel or two."""
+    p, t = call.problem, call.tiling("keys", backward.memory_keys)
     call.numbers["tiles"] = call.tiles(t.cols)
-    call.numbers["key_tiles"] = key_tiles = -(-int(sequences[:, 4].max(initial=0)) // t.rows)
-    shared = backward.memory_keys(t)["size"]
+    call.numbers["key_tiles"] = key_tiles = -(-int(p.sequences[:, 4].max(initial=0)) // t.rows)
+    grid, shared = key_tiles * p.kv_heads * len(p.sequences), backward.memory_keys(t)["size"]
     for which in ((True, True),) if max(p.qk_dim, p.v_dim) <= TOGETHER else ((True, False), (False, True)):
-        call.run(backward.build_keys, t, f, key_tiles * heads, t.threads, shared, *which)
-
-    if dbias_shape is not None and dbias is None:
-        dbias = _bias_sums(call, f, dbias_shape)
-    if dslopes_shape is not None:
-        dslopes = _head_sums(call, "slopes", dslopes_shape)
-    if p.sinks is not None:
-        dsinks = _head_sums(call, "sinks", (1, p.q_heads))
-    daux = _aux_sums(call, f, asked) if any(asked) else (None,) * len(p.aux)
-
-    if on_device:
-        call.finish()
-        return dbias, dslopes, daux, dsinks, Prepared(call) if lasting else None
-    for result, target in results:
-        call.fetch(result, target)
-    dbias, dslopes, dsinks, *daux = (call.fetched(x) for x in (dbias, dslopes, dsinks, *daux))
-    call.finish()
-    return dbias, dslopes, tuple(daux), dsinks, None
+        call.run(backward.build_keys, t, f, grid, t.threads, shared, *which)
 
 
 TOGETHER = 128  # the largest head size at which a thread has registers for dK and dV
@@ -215,7 +216,7 @@ def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
     """The gradient, in its dtype, of a bias of this shape that is broadcast along some axis. f: as for dQ."""
     p, n, bias = call.problem, call.numbers, call.problem.bias
     assert bias is not None
-    t = call.tiling("sums", sums.memory_bias)
+    t = call.tiling("sums", bias_sums.memory_bias)
     sum_rows, sum_keys = shape[2] == 1, shape[3] == 1
     row_tiles, key_tiles = -(-p.q_len // t.rows), -(-p.kv_len // t.cols)
     own = shape[0], shape[1], 1 if sum_rows else row_tiles, 1 if sum_keys else key_tiles
@@ -248,9 +249,9 @@ def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
     for axis, step, wanted in zip("bhij", c_strides(shape, item), shape, strict=True):
         n[f"dbias_{axis}"] = step if wanted > 1 else 0
     storage = STORAGE[target[2].name]
-    f = replace(f, extra=sums.BIAS)
-    shared = sums.memory_bias(t)["size"]
-    call.run(sums.build_bias, t, f, blocks * parts, t.threads, shared, sum_rows, sum_keys, storage)
+    f = replace(f, extra=bias_sums.BIAS)
+    shared = bias_sums.memory_bias(t)["size"]
+    call.run(bias_sums.build_bias, t, f, blocks * parts, t.threads, shared, sum_rows, sum_keys, storage)
     if parts > 1:
         n |= {"terms": target[0].address, "size": size, "total": result[0].address}
         f, grid = Features(extra=sums.TOTAL), -(-size // 32)

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from .. import backward, forward, sums
+from .. import backward, bias_sums, forward, sums
 from ..compile import kernel_ptx
-from ..scores import Features, signature
+from ..record import Features, signature
 from ..tiling import Tiling
 
 
@@ -19,7 +19,7 @@ def bounds(
     registers at least. Where nothing is said, ptxas may save registers for more blocks than shared memory allows, and
     spill for them: so it did for dQ on sm_100 and sm_120, for forward in float64 on sm_120, for decode (forward with
     split keys, in more) in float64 on sm_80 and sm_90, for dK and dV in tf32 on sm_80, and for these sums."""
-    if build in (sums.build_bias, sums.build_aux):
+    if build in (bias_sums.build_bias, sums.build_aux):
         return threads, 1
     wide = build is forward.build and (more or (t is not None and t.size == 8))
     if wide or build in (backward.build_queries, backward.build_keys):

@@ -17,7 +17,7 @@ import numpy as np
 
 from ... import plan
 from ...arrays import Array, exact
-from ...gradients import Gradients, check_aux_grad, check_cotangents, check_results
+from ...gradients import Backward, Gradients, check_aux_grad, check_cotangents, check_results
 from ...mask import Mask
 from ...mask.parts import Pairs
 from ...options import DEFAULTS, NAMES, precision_of
@@ -287,6 +287,7 @@ def _forward(
 ) -> tuple[DeviceArray | None, DeviceArray | None]:
     """out, None where the caller brought one, and lse. key: of calls like this one, for which it is prepared."""
     from . import launch
+    from .call import On
 
     result = lse = lse_view = None
     if call.given["out"] is None:
@@ -297,7 +298,7 @@ def _forward(
     if want_lse:
         lse = call.empty(plan.lse_shape(problem), problem.acc)
         lse_view = plan.bhsd_view(shadow(lse), problem.layout)
-    prepared = launch.attention(problem, view, lse_view, call.stream, True, call.device, tf32, key is not None)
+    prepared = launch.attention(problem, view, lse_view, On(call.device, call.stream, True, tf32, key is not None))
     if key is not None:
         _keep(key, prepared, out=result, lse=lse)
     return result, lse
@@ -324,11 +325,12 @@ def attention_backward(
         return Gradients(*(arrays.hand_over(ran[f"d{name}"], found[name].kind) for name in "qkv"))
     call = _enter(options, stream, found, **named)
     from . import launch  # when it is known that there is a device: it needs numba-cuda
+    from .call import On
 
     problem = call.resolve()
     asked = check_aux_grad(aux_grad, problem.aux)
     given = call.given
-    out_view, lse_view = check_results(problem, given["out"], given["lse"])
+    results = check_results(problem, given["out"], given["lse"])
     dout_view, dlse_view = check_cotangents(problem, given["dout"], given.get("dlse"))
     if dlse_view is not None and dlse_view.dtype != problem.acc:
         dlse_view, key = shadow(call.copied(dlse_view, problem.acc)), None  # which other calls would not have
@@ -339,9 +341,11 @@ def attention_backward(
     slopes_shape = None if slopes is None else (1,) * (2 - len(slopes.shape)) + slopes.shape
     with call.launching():
         dbias, dslopes, daux, dsinks, prepared = launch.attention_backward(
-            problem, out_view, lse_view, dout_view, dlse_view, dq_view, dk_view, dv_view, bias_shape, slopes_shape,
-            asked, call.stream, True, call.device, tf32=tf32, lasting=key is not None,
-        )  # fmt: skip
+            problem,
+            Backward(*results, dout_view, dlse_view, asked),
+            launch.Wanted(dq_view, dk_view, dv_view, bias_shape, slopes_shape),
+            On(call.device, call.stream, True, tf32, key is not None),
+        )
         if key is not None:
             _keep(key, prepared, dq=made[0], dk=made[1], dv=made[2])
         rest = [call.gradient(x, name) for x, name in ((dbias, "bias"), (dsinks, "sinks"), (dslopes, "alibi_slopes"))]
