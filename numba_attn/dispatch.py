@@ -18,7 +18,7 @@ import numpy as np
 
 from . import plan
 from .arrays import Array, advice, plain
-from .gradients import Backward, Gradients, Tangents, in_dtypes, sink_gradient
+from .gradients import Backward, Gradients, Tangents, Wanted, in_dtypes, sink_gradient
 from .mask.shape import Shape, over_pairs
 from .options import NAMES, precision_of
 
@@ -143,24 +143,20 @@ def backward(
 
     bias, slopes, sinks = (options.get(name) for name in ("bias", "alibi_slopes", "sinks"))
     dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in inputs)
-    views = [plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv)]
+    dq_view, dk_view, dv_view = (plan.bhsd_view(x, problem.layout) for x in (dq, dk, dv))
     bias_shape = None if bias is None else (1,) * (4 - bias.ndim) + bias.shape
     slopes_shape = None if slopes is None else (1,) * (2 - slopes.ndim) + slopes.shape
+    wanted = Wanted(dq_view, dk_view, dv_view, bias_shape, slopes_shape)
     if given.dlse is not None and given.dlse.dtype != problem.acc:
         given = given._replace(dlse=given.dlse.astype(problem.acc))
     if on.backend == "cuda":
         from .cuda.host import from_numpy
 
-        dbias, dslopes, daux, dsinks = from_numpy.attention_backward(
-            problem, *given[:4], *views, bias_shape, slopes_shape, given.asked, on.stream, on.tf32
-        )
+        dbias, dslopes, daux, dsinks = from_numpy.attention_backward(problem, given, wanted, on.stream, on.tf32)
     else:
-        from .cpu.launch.backward import Wanted
         from .cpu.launch.backward import backward as on_cpu
 
-        dbias, dslopes, daux, deltas = on_cpu(
-            problem, given, Wanted(views[0], views[1], views[2], bias_shape, slopes_shape)
-        )
+        dbias, dslopes, daux, deltas = on_cpu(problem, given, wanted)
         dsinks = None if sinks is None else sink_gradient(problem, given.lse, deltas)
     with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
         return Gradients(

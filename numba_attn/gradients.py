@@ -37,6 +37,16 @@ class Backward(NamedTuple):
     asked: tuple[bool, ...]  # which arrays of aux get a gradient
 
 
+class Wanted(NamedTuple):
+    """Where the gradients go: (B, H, S, D) views, and the shapes of those that are sums over pairs."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    bias_shape: tuple[int, ...] | None  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
+    slopes_shape: tuple[int, ...] | None  # (B or 1, Hq)
+
+
 class Tangents(NamedTuple):
     """A direction: each in its argument's shape, None for zeros. q, k and v are (B, H, S, D) views."""
 

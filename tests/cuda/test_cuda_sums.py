@@ -28,7 +28,7 @@ from numba_attn.cuda import bias_sums, derivatives, modifiers, record, sums, til
 from numba_attn.cuda.compile import kernel_ptx
 from numba_attn.cuda.host import driver, launch, loading
 from numba_attn.cuda.host.call import On
-from numba_attn.gradients import Backward
+from numba_attn.gradients import Backward, Wanted
 
 SIZES = B, H, SQ, SK = 2, 2, 70, 40  # halves have tiles of 64 keys: SK_HALF
 SK_HALF, D = 67, 16
@@ -167,7 +167,7 @@ def on_host(problem: plan.Problem, options: dict[str, Any], dout: np.ndarray) ->
     results = [np.empty(x.shape, x.dtype) for x in (q, k, v)]
     shape = None if slopes is None else np.atleast_2d(slopes).shape
     asked = tuple(a.dtype.kind == "f" for a in problem.aux)
-    given, wanted = Backward(out, lse, dout, None, asked), launch.Wanted(*results, None, shape)
+    given, wanted = Backward(out, lse, dout, None, asked), Wanted(*results, None, shape)
     return lse, launch.attention_backward(problem, given, wanted, On(driver.current()))[:4]
 
 

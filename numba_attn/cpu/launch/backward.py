@@ -35,7 +35,7 @@ from .record import (
 )
 
 if TYPE_CHECKING:
-    from ...gradients import Backward
+    from ...gradients import Backward, Wanted
     from ...plan import Problem
 
 # Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
@@ -57,16 +57,6 @@ def drain_address(elem: str) -> int:
 @lru_cache(256)
 def _layout(*sizes: Any) -> Fields:
     return Fields(layout(*sizes))
-
-
-class Wanted(NamedTuple):
-    """Where the gradients go: (B, H, S, D) views, and the shapes of those that are sums over pairs."""
-
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
-    bias_shape: tuple[int, ...] | None  # (B or 1, Hq or 1, Sq or 1, Sk or 1)
-    slopes_shape: tuple[int, ...] | None  # (B or 1, Hq)
 
 
 class Reduced(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...arrays import Array
-from ...gradients import Backward
+from ...gradients import Backward, Wanted
 from .. import backward, bias_sums, decode, derivatives, forward, modifiers, sums
 from ..code import SIZE
 from ..record import Features
@@ -92,16 +92,6 @@ def _fill(call: Call) -> None:
     grid = -(-call.numbers["out_rows"] // (backward.ROWS_THREADS // 32))
     f = Features(extra=("out_rows",))
     call.run(backward.build_fill, None, f, grid, backward.ROWS_THREADS, 0, call.storage, call.acc)
-
-
-class Wanted(NamedTuple):
-    """What a backward pass is to give: results to write, and the shapes of others, None for what is not wanted."""
-
-    dq: Array
-    dk: Array
-    dv: Array
-    bias_shape: tuple[int, ...] | None
-    slopes_shape: tuple[int, ...] | None
 
 
 def attention_backward(

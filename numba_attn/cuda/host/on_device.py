@@ -17,7 +17,7 @@ import numpy as np
 
 from ... import plan
 from ...arrays import Array, exact
-from ...gradients import Backward, Gradients, check_aux_grad, check_cotangents, check_results
+from ...gradients import Backward, Gradients, Wanted, check_aux_grad, check_cotangents, check_results
 from ...mask import Mask
 from ...mask.parts import Pairs
 from ...options import DEFAULTS, NAMES, precision_of
@@ -343,7 +343,7 @@ def attention_backward(
         dbias, dslopes, daux, dsinks, prepared = launch.attention_backward(
             problem,
             Backward(*results, dout_view, dlse_view, asked),
-            launch.Wanted(dq_view, dk_view, dv_view, bias_shape, slopes_shape),
+            Wanted(dq_view, dk_view, dv_view, bias_shape, slopes_shape),
             On(call.device, call.stream, True, tf32, key is not None),
         )
         if key is not None:
