@@ -335,17 +335,7 @@ def backward(
 
     dp, dots = dout @ t(v), (dout * f.out_values).sum(-1, keepdims=True)
     delta = dots if dlse is None else dots - dlse[..., None]
-    # delta takes out as it was stored, whose error is made of those of the weights and of the sums.
-    stored = (rounding(p.dtype) / 2 / acc) ** 2
-    of_out = (weights**2 * f.relative + weights * x.shared) * (kept * dp - dots) ** 2
-    delta_squares = of_out.sum(-1, keepdims=True) + (dout**2 * (f.own + stored * f.out_values**2)).sum(
-        -1, keepdims=True
-    )
-    delta_squares = delta_squares + chain_of_terms(dout * f.out_values) + delta**2
-    delta_certain = np.sqrt((weights * (x.certain * (kept * dp - dots)) ** 2).sum(-1, keepdims=True))
-    rows = Rows(
-        Size(delta_squares, delta_certain), Size(f.lse.squares[..., None] + 2 * lse**2, f.lse.certain[..., None])
-    )
+    rows = Rows(of_delta(p, f, dout, dp, delta), Size(f.lse.squares[..., None] + 2 * lse**2, f.lse.certain[..., None]))
     # A weight anew, from a score and lse.
     below = np.where(weights > 0, x.s - lse, 0.0)
     relative = x.squares + below**2 + EXP2**2
@@ -396,24 +386,29 @@ def backward(
         size = summed(last, rows, distance, shape, p)
         add("dalibi_slopes", *(x.reshape(shapes["dalibi_slopes"]) for x in size))
     if "dsinks" in shapes:
-        assert p.sinks is not None
-        with np.errstate(over="ignore"):
-            weight = np.exp(
-                p.sinks.astype(np.float64)[:, None, None]
-                - np.where(np.isfinite(f.lse_values), f.lse_values, np.inf)[..., None]
-            )
-        term = np.abs(weight * delta)
-        squares = term**2 * (rows.lse.squares + below_sink(p, lse) + EXP2**2) + weight**2 * rows.delta.squares
-        certain = (term * rows.lse.certain + weight * rows.delta.certain).sum((0, 2, 3))
-        add("dsinks", squares.sum((0, 2, 3)) + chain_of_terms(weight * delta, (0, 2, 3)).reshape(-1), certain)
+        found["dsinks"] = of_sinks(p, f, rows, delta)
     return found
 
 
-def below_sink(p: plan.Problem, lse: np.ndarray) -> np.ndarray:
-    """The squares of sink - lse."""
+def of_delta(p: plan.Problem, f: Forward, dout: np.ndarray, dp: np.ndarray, delta: np.ndarray) -> Size:
+    """dout . out - dlse. It takes out as stored, whose error is made of those of the weights and of the sums."""
+    dots = (dout * f.out_values).sum(-1, keepdims=True)
+    difference = f.kept * dp - dots
+    stored = (rounding(p.dtype) / 2 / unit(np.dtype(p.acc))) ** 2
+    squares = (f.weights**2 * f.relative + f.weights * f.scores.shared) * difference**2
+    squares = squares.sum(-1, keepdims=True) + (dout**2 * (f.own + stored * f.out_values**2)).sum(-1, keepdims=True)
+    squares = squares + chain_of_terms(dout * f.out_values) + delta**2
+    return Size(squares, np.sqrt((f.weights * (f.scores.certain * difference) ** 2).sum(-1, keepdims=True)))
+
+
+def of_sinks(p: plan.Problem, f: Forward, rows: Rows, delta: np.ndarray) -> Size:
+    """The sum of weight times delta over batch and queries, the weight anew from lse."""
     assert p.sinks is not None
-    sinks = np.where(np.isfinite(p.sinks), p.sinks, 0.0).astype(np.float64)
-    return (sinks[:, None, None] - lse) ** 2
+    below = np.where(f.sink > 0, p.sinks.astype(np.float64)[:, None, None] - f.lse_values[..., None], 0.0)
+    term = np.abs(f.sink * delta)
+    squares = term**2 * (rows.lse.squares + below**2 + EXP2**2) + f.sink**2 * rows.delta.squares
+    squares = squares.sum((0, 2, 3)) + chain_of_terms(f.sink * delta, (0, 2, 3)).reshape(-1)
+    return Size(squares, (term * rows.lse.certain + f.sink * rows.delta.certain).sum((0, 2, 3)))
 
 
 def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
