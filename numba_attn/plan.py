@@ -20,6 +20,7 @@ from .mask.constructors import Mask, check_window
 from .mask.lowering import ambiguous, lower, unused_align, whole_rows
 from .mask.parts import Aligned, Causal, Intervals, Lengths, Pairs, Part, Segments, Varlen, Window
 from .mask.shape import OPEN, Align, Shape, bool_pairs, check_align, over_pairs
+from .online import LOG2E
 from .options import DEFAULTS, Options
 from .userfn.accepted import ScoreMod, aux_arrays, check_function
 
@@ -249,10 +250,10 @@ def _scale(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
 def _softcap(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     takes = "a finite float > 0, or None for no softcap"
     softcap = _finite(options["softcap"], "softcap", plan.acc, takes)
-    with np.errstate(over="ignore"):
-        usable = plan.acc(softcap) > 0 and np.isfinite(plan.acc(1.0 / softcap))
+    with np.errstate(over="ignore", under="ignore"):
+        usable = plan.acc(softcap) > 0 and max(plan.acc(1.0 / softcap), plan.acc(softcap * LOG2E)) < math.inf
     if not usable:
-        raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse is finite too")
+        raise ValueError(f"softcap is {softcap}; it takes {takes}, whose inverse and log2(e) times it are finite too")
     return {"softcap": float(softcap)}
 
 
@@ -289,6 +290,8 @@ def _score_mod(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError("score_mod is a Mask; a Mask goes to mask=")
     if score_mod is not None:
         check_function(score_mod.fn if isinstance(score_mod, ScoreMod) else score_mod, "score_mod", 5, len(arrays))
+        if isinstance(score_mod, ScoreMod) and score_mod.grad is not None:
+            check_function(score_mod.grad, "grad", 5, None)
     elif arrays:
         raise ValueError("aux is given, but score_mod is not; the arrays of a mask_mod go to mask_mod(fn, aux=...)")
     return {"score_mod": score_mod, "aux": arrays}
@@ -579,7 +582,7 @@ def _finite(x: Any, name: str, acc: type, takes: str) -> float:
 
 
 def _in_acc(x: Any, name: str, acc: type) -> Array:
-    """A small float array in the accumulation type, C-contiguous."""
+    """A small float array in the accumulation type, C-contiguous, of the same shape."""
     array = plain(x, name)
     accumulation(array.dtype, name)
-    return np.ascontiguousarray(array, dtype=acc)
+    return np.asarray(array, dtype=acc, order="C")

@@ -8,6 +8,7 @@ import gc
 import inspect
 import re
 import tracemalloc
+import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -20,6 +21,7 @@ from cases import CASES, Case, build
 
 import numba_attn as na
 from numba_attn import dispatch, plan
+from numba_attn.userfn.accepted import identity
 
 B, H, SQ, SK, D = 2, 4, 9, 13, 8
 F4 = np.float32
@@ -270,6 +272,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ({"scale": np.array(0.5)}, {"scale": np.array([0.5])}, TypeError, "scale is array"),
     ({"softcap": 5.0}, {"softcap": 0.0}, ValueError, "softcap is 0.0"),
     ({"softcap": 5.0}, {"softcap": -1.0}, ValueError, "softcap is -1.0"),
+    ({"softcap": 2e38}, {"softcap": 3e38}, ValueError, "softcap is 3e+38"),
     ({"softcap": 5.0}, {"softcap": float("nan")}, ValueError, "softcap is nan"),
     ({"dropout_p": 0.5, "seed": 1}, {"dropout_p": 1.0, "seed": 1}, ValueError, "dropout_p is 1.0"),
     ({"dropout_p": 0.5, "seed": 1}, {"dropout_p": float("nan"), "seed": 1}, ValueError, "dropout_p is nan"),
@@ -406,6 +409,86 @@ def test_a_captured_array_is_found_though_the_function_passed_before() -> None:
     assert na.attention(*inputs, score_mod=scaled).tobytes() != want.tobytes()
     factor = 2.0
     assert na.attention(*inputs, score_mod=scaled).tobytes() == want.tobytes()
+
+
+settings = types.ModuleType("settings")
+settings.inside = types.ModuleType("inside")  # type: ignore[attr-defined]
+
+
+def test_numbers_of_a_module_are_looked_up_in_every_call() -> None:
+    q, k, v = arrays(dtype=np.float64)
+    inside = settings.inside
+
+    def scaled(s, b, h, i, j):
+        return s * settings.factor + settings.inside.shift
+
+    def near(b, h, i, j):
+        return i + inside.shift > j
+
+    for settings.factor, inside.shift in ((1.0, 0), (2.0, 0), (2.0, 3), (2, 3), (1.0, 0)):  # type: ignore[attr-defined]
+        for options in ({"score_mod": scaled}, {"mask": na.mask_mod(near)}):
+            got, want = (fn(q, k, v, **options) for fn in (na.attention, na.reference.attention))
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_an_array_is_found_in_a_module_and_in_a_tuple() -> None:
+    inputs = arrays()
+    settings.table = np.ones(SK)  # type: ignore[attr-defined]
+    pair = 1.0, (settings.table,)
+
+    def of_module(s, b, h, i, j):
+        return s + settings.table[j]
+
+    def of_tuple(s, b, h, i, j):
+        return s + pair[1][0][j]
+
+    for fn, name in ((of_module, "settings.table"), (of_tuple, "pair[1][0]")):
+        with pytest.raises(TypeError, match=re.escape(f"the function reads the array '{name}'")):
+            na.attention(*inputs, score_mod=fn)
+
+
+shape = np.ones(3)
+
+
+def test_an_attribute_with_the_name_of_a_global_array() -> None:
+    """It is not the global that the function reads."""
+    q, k, v = arrays(dtype=np.float64)
+    options: Any = {"score_mod": lambda s, b, h, i, j, table: s * table.shape[0], "aux": (np.ones(3),)}
+    got, want = (fn(q, k, v, **options) for fn in (na.attention, na.reference.attention))
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_equal_tuples_make_one_function() -> None:
+    def scaled(numbers):
+        return lambda s, b, h, i, j: s * numbers[0]
+
+    one, same, other = (identity(scaled((x, 1))) for x in (2.0, 2.0, 3.0))
+    assert one == same != other
+    assert identity(scaled((True, 1))) != identity(scaled((1, 1))) != identity(scaled((1.0, 1)))
+
+
+def test_an_array_in_a_gradient_of_the_users_is_found_in_every_call() -> None:
+    inputs = arrays()
+    slope: Any = 2.0
+
+    def grad(s, b, h, i, j):
+        return slope
+
+    doubled = na.score_mod(lambda s, b, h, i, j: 2 * s, grad)
+    na.attention_vjp(*inputs, score_mod=doubled)
+    slope = np.full(3, 2.0)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="grad: the function reads the array 'slope'"):
+            na.attention_vjp(*inputs, score_mod=doubled)
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("sinks", "(Hq,)"), ("alibi_slopes", "(Hq,)")])
+def test_an_array_without_axes_is_not_one_of_a_head(name: str, pattern: str) -> None:
+    q = arrays()[0][:, :1]
+    options: Any = {name: np.ones(1, F4)}
+    na.attention(q, q, q, **options)
+    with pytest.raises(ValueError, match=re.escape(f"{name} has shape (); it takes ") + ".*" + re.escape(pattern)):
+        na.attention(q, q, q, **{name: np.array(1, F4)})
 
 
 def even(n):

@@ -4,7 +4,10 @@ A score_mod is fn(score, b, h, i, j, *aux) -> score, a mask_mod fn(b, h, i, j, *
 @njit ones, of scalars. This file needs no Numba; cpu/modifiers.py compiles them, reference.py calls them.
 """
 
+import dis
 import inspect
+import math
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ _SCALARS = (bool, int, float, np.bool_, np.integer, np.floating)
 
 _ACCEPTED: set[Any] = set()  # functions that were checked, by identity: asking Python for a signature takes 20 us
 _MOST_ACCEPTED = 1024
+
+# Modules whose numbers nobody changes.
+_STEADY = frozenset({math, np, sys.modules[__name__.partition(".")[0]]})
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
     key = (identity(fn), n_leading, n_aux)
     if key in _ACCEPTED:
         return
-    for kind, what, value in _captured(fn, deep=True):
+    for kind, what, value in _reached(fn):
         if isinstance(value, np.ndarray):
             raise TypeError(
                 f"{name}: the function reads the array {what!r} from its {kind}; Numba would freeze the values it has "
@@ -95,32 +101,64 @@ def check_function(fn: Any, name: str, n_leading: int, n_aux: int | None) -> Non
     _ACCEPTED.add(key)
 
 
-def _captured(fn: Any, deep: bool = False) -> list[tuple[str, str, Any]]:
-    """What a function reads from outside its arguments: (kind, name, value); deep: also what functions it calls
-    read."""
+def _captured(fn: Any, exactly: bool = False) -> list[tuple[str, str, Any]]:
+    """What a function reads from outside its arguments: (kind, name, value).
+
+    A name behind a dot is taken for that of a global too, which may find more than the function reads; exactly: it is
+    not, which takes ten times as long.
+    """
     found: list[tuple[str, str, Any]] = []
     for what, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         try:
             found.append(("closure", what, cell.cell_contents))
         except ValueError:  # not assigned yet
             continue
-    code = [fn.__code__]
+    code, names = [fn.__code__], []
     while code:
         one = code.pop()
-        found += [("globals", n, fn.__globals__[n]) for n in one.co_names if n in fn.__globals__]
+        names += one.co_names
+        read = _global_names(one) if exactly else one.co_names
+        found += [("globals", n, fn.__globals__[n]) for n in read if n in fn.__globals__]
         code += [c for c in one.co_consts if isinstance(c, types.CodeType)]
-    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-    defaults = zip(names[::-1], (fn.__defaults__ or ())[::-1], strict=False)  # the last parameters have them
+    parameters = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    defaults = zip(parameters[::-1], (fn.__defaults__ or ())[::-1], strict=False)  # the last parameters have them
     found += [("defaults", what, value) for what, value in (*defaults, *(fn.__kwdefaults__ or {}).items())]
-    if deep:
-        seen, waiting = {fn, where}, [value for _, _, value in found]
-        while waiting:
-            called = plain_function(waiting.pop())
-            if isinstance(called, types.FunctionType) and called not in seen:
+    modules = [one for one in found if type(one[2]) is types.ModuleType and one[2] not in _STEADY]
+    return found + _read_from(modules, names) if modules else found
+
+
+def _read_from(modules: list[tuple[str, str, Any]], names: list[str]) -> list[tuple[str, str, Any]]:
+    """The attributes of these names, of the modules and of modules in them."""
+    found: list[tuple[str, str, Any]] = []
+    seen: set[int] = set()
+    while modules:
+        _, path, module = modules.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            has = vars(module)
+            found += (inside := [("module", f"{path}.{n}", has[n]) for n in names if n in has])
+            modules += [one for one in inside if isinstance(one[2], types.ModuleType)]
+    return found
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    return {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+
+
+def _reached(fn: Any) -> list[tuple[str, str, Any]]:
+    """What a function and those that it calls read from outside their arguments, and what the tuples among it hold."""
+    found = waiting = _captured(fn, exactly=True)
+    seen = {fn, where}
+    while waiting:
+        more: list[tuple[str, str, Any]] = []
+        for kind, what, value in waiting:
+            called = plain_function(value)
+            if isinstance(value, tuple):
+                more += [(kind, f"{what}[{n}]", x) for n, x in enumerate(value)]
+            elif isinstance(called, types.FunctionType) and called not in seen:
                 seen.add(called)
-                more = _captured(called)
-                found += more
-                waiting += [value for _, _, value in more]
+                more += _captured(called, exactly=True)
+        found, waiting = found + more, more
     return found
 
 
@@ -150,15 +188,20 @@ def identity(fn: Callable[..., Any], inside: tuple[Any, ...] = ()) -> tuple[Any,
     inside = (*inside, fn)
     parts: list[Any] = [fn.__code__]
     for kind, what, value in _captured(fn):
-        called = plain_function(value)
-        if isinstance(value, _SCALARS):
-            value = (type(value), repr(value))  # 0.0 and -0.0 are equal, and NaN is not equal to itself
-        elif isinstance(called, types.FunctionType) and not any(called is caller for caller in inside):
-            value = identity(called, inside)
-        else:
-            value = _Same(value)
-        parts.append((kind, what, value))
+        parts.append((kind, what, _key(value, inside)))
     return tuple(parts)
+
+
+def _key(value: Any, inside: tuple[Any, ...]) -> Any:
+    """What a function captures, as a part of its key."""
+    if isinstance(value, _SCALARS):
+        return type(value), repr(value)  # 0.0 and -0.0 are equal, and NaN is not equal to itself
+    if isinstance(value, tuple):
+        return type(value), *(_key(x, inside) for x in value)
+    called = plain_function(value)
+    if isinstance(called, types.FunctionType) and called is not where and not any(called is x for x in inside):
+        return identity(called, inside)
+    return _Same(value)
 
 
 def aux_arrays(aux: Any, name: str) -> tuple[Array, ...]:
