@@ -20,6 +20,7 @@ import mutations
 import ptxas
 import test_attention
 from cases import DTYPES, Case, bias, bool_mask, build, everything, given, lengths, sinks, slopes, varlen
+from defaults import cuda_by_default
 
 import numba_attn as na
 from numba_attn import plan
@@ -38,7 +39,7 @@ LENGTHS = [0, 1, 63, 1000, 5000]
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.EmulatedDevice]:
     """An emulated device, warps in random order, and "cuda" for the backend of calls that name none."""
-    monkeypatch.setattr(na, "attention", functools.partial(na.attention, backend="cuda"))
+    cuda_by_default(monkeypatch)
     with driver.use(emulator.EmulatedDevice((8, 0), schedule="random", seed=3)) as device:
         yield device
 
