@@ -30,6 +30,11 @@ def plain(x: Any, name: str) -> Array:
     raise TypeError(f"{name} is {advice(x, name)}")
 
 
+def batch_step(x: Array) -> int:
+    """Bytes from one batch row to the next, 0 where all share one."""
+    return int(x.strides[0]) if len(x) > 1 else 0
+
+
 def advice(x: Any, name: str) -> str:
     """What `x` is and how to make a NumPy array of it: the end of a TypeError."""
     kind = type(x)

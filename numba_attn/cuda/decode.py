@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays import Array
+from ..mask.shape import K_LEN, OFFSET, Q_LEN
 from ..online import LN2, LOG2E
 from ..online import build as build_online
 from . import scalar, tile
@@ -54,13 +55,13 @@ COLUMNS = 32  # of the result that such a block computes: a warp reads 128 bytes
 
 def rows_of(problem: Problem) -> int:
     """Queries of a key head in the longest sequence. Up to ROWS, decoding is what is wanted."""
-    return int(problem.sequences[:, 2].max(initial=0)) * (problem.q_heads // problem.kv_heads)
+    return int(problem.sequences[:, Q_LEN].max(initial=0)) * (problem.q_heads // problem.kv_heads)
 
 
 def split(problem: Problem) -> tuple[Problem | None, Problem | None]:
     """The problem with the sequences that have few queries, and with the others; None where there are none. A row's
     own sequence decides which kernel computes it, so that its bits do not depend on what it is packed with."""
-    rows = problem.sequences[:, 2] * (problem.q_heads // problem.kv_heads)
+    rows = problem.sequences[:, Q_LEN] * (problem.q_heads // problem.kv_heads)
     few = rows <= ROWS
     if few.all():
         return problem, None
@@ -82,7 +83,7 @@ def row_bytes(t: Tiling) -> int:
 
 def workspace(problem: Problem) -> tuple[Array, Array]:
     """The arrays part_places and part_items: which parts of its keys a sequence's queries can see."""
-    _, _, q_len, _, k_len, offset, _ = problem.sequences.T
+    q_len, k_len, offset = problem.sequences[:, [Q_LEN, K_LEN, OFFSET]].T
     first, end = np.zeros_like(k_len), k_len
     if not problem.has_prefix:
         first = np.clip(offset - problem.left, 0, k_len)

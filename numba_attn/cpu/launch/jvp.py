@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numba.core import types
 
+from ...arrays import batch_step
 from ...mask.shape import K_LEN, Q_LEN
 from ...online import LN2
 from .. import threads
@@ -128,7 +129,7 @@ def _add_tangents(record: Record, problem: Problem, dots: Tangents, elem: str) -
         record["bias_dot_storage"] = storage_of(dots.bias.dtype)
     if dots.slopes is not None:
         record.points_to("slopes_dot", dots.slopes)
-        record["slopes_dot_b"] = dots.slopes.strides[0] if len(dots.slopes) > 1 else 0
+        record["slopes_dot_b"] = batch_step(dots.slopes)
     if dots.sinks is not None:
         record.points_to("sinks_dot", dots.sinks)
     if problem.score_mod is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ...arrays import batch_step
 from ...mask.shape import K_LEN, OPEN, Q_LEN, SEQUENCE_FIELDS
 from ...online import LOG2E
 from .. import threads
@@ -226,7 +227,7 @@ def _describe_scores(record: Record, problem: Problem) -> None:
         record["bias_storage"] = storage_of(problem.bias.dtype)
     if problem.slopes is not None:
         record.points_to("slopes", problem.slopes)
-        record["slopes_b"] = problem.slopes.strides[0] if len(problem.slopes) > 1 else 0
+        record["slopes_b"] = batch_step(problem.slopes)
     if problem.sinks is not None:
         record.points_to("sinks", problem.sinks)
     if problem.dropout_p > 0:
@@ -249,7 +250,7 @@ def _describe_masks(record: Record, problem: Problem, elem: str) -> None:
         record["n_masks"] = len(table)
         record.keep.append(problem.masks)
     if problem.segments:
-        rows = [[x for ids in pair for x in (ids.ctypes.data, _step(ids))] for pair in problem.segments]
+        rows = [[x for ids in pair for x in (ids.ctypes.data, batch_step(ids))] for pair in problem.segments]
         table = np.array(rows, np.int64)
         record.points_to("segments", table)
         record["n_segments"] = len(table)
@@ -262,8 +263,3 @@ def _describe_masks(record: Record, problem: Problem, elem: str) -> None:
             spec.append([tile_function(fn, "mask", elem, aux), numbers.ctypes.data])
         record.points_to("mask_mods", np.array(spec, np.int64))
         record["n_mask_mods"] = len(spec)
-
-
-def _step(x: np.ndarray) -> int:
-    """Bytes from one batch row to the next; 0 where all share one."""
-    return int(x.strides[0]) if len(x) > 1 else 0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...arrays import Array
-from ...mask.shape import OPEN
+from ...arrays import Array, batch_step
+from ...mask.shape import OPEN, Q_LEN
 from ...online import LOG2E
 from ...userfn import accepted
 from .. import modifiers
@@ -90,7 +90,7 @@ class Call:
                 n[f"bounds_{axis}"] = stride if size > 1 else 0
         if p.slopes is not None:
             n["slopes"] = self.given(p.slopes)
-            n["slopes_b"] = p.slopes.strides[0] if len(p.slopes) > 1 else 0
+            n["slopes_b"] = batch_step(p.slopes)
         if p.sinks is not None:
             n["sinks"] = self.given(p.sinks)
         if p.bias is not None:
@@ -99,8 +99,8 @@ class Call:
             self.place_pairs(f"mask{m}", mask)
         for m, (q_ids, k_ids) in enumerate(p.segments):
             n |= {f"q_ids{m}": self.small(q_ids), f"k_ids{m}": self.small(k_ids)}
-            n[f"q_ids{m}_b"] = q_ids.strides[0] if len(q_ids) > 1 else 0
-            n[f"k_ids{m}_b"] = k_ids.strides[0] if len(k_ids) > 1 else 0
+            n[f"q_ids{m}_b"] = batch_step(q_ids)
+            n[f"k_ids{m}_b"] = batch_step(k_ids)
 
     def _features(self, derivatives: bool) -> Features:
         """What decides the code; places the arrays that users' functions read."""
@@ -264,7 +264,7 @@ class Call:
 
     def tiles(self, rows: int) -> int:
         """Tiles of the queries of one key head, in the longest sequence."""
-        q_lens = self.problem.sequences[:, 2]
+        q_lens = self.problem.sequences[:, Q_LEN]
         group = self.problem.q_heads // self.problem.kv_heads
         n = np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
         return int(n.max(initial=0))

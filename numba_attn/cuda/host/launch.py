@@ -10,6 +10,7 @@ import numpy as np
 
 from ...arrays import Array
 from ...gradients import Backward, Wanted
+from ...mask.shape import BATCH, K_LEN, Q_LEN, Q_START
 from .. import backward, bias_sums, decode, derivatives, forward, modifiers, sums
 from ..code import SIZE
 from ..record import Features
@@ -43,11 +44,11 @@ def attention(problem: Problem, out: Array, lse: Array | None, on: On) -> Prepar
         grid = tiles * p.kv_heads * len(long.sequences)
         if grid > driver.MAX_GRID:
             raise ValueError(
-                f"mask has {len(long.sequences)} sequences, the longest of {int(p.sequences[:, 2].max())} queries, and "
-                f"k {p.kv_heads} heads: {grid} tiles are more than the {driver.MAX_GRID} of a launch; split the "
+                f"mask has {len(long.sequences)} sequences, the longest of {int(p.sequences[:, Q_LEN].max())} queries, "
+                f"and k {p.kv_heads} heads: {grid} tiles are more than the {driver.MAX_GRID} of a launch; split the "
                 "sequences by length"
             )
-    if int(p.sequences[:, 2].sum()) < p.batch * p.q_len:
+    if int(p.sequences[:, Q_LEN].sum()) < p.batch * p.q_len:
         _fill(call)
     if long is not None:
         call.take(long)
@@ -142,7 +143,7 @@ def _place_results(call: Call, wanted: Wanted) -> list[tuple[Any, Array]]:
         (call.result("dk", (*kv_shape, p.qk_dim), p.dtype, wanted.dk), wanted.dk),
         (call.result("dv", (*kv_shape, p.v_dim), p.dtype, wanted.dv), wanted.dv),
     ]
-    if int(p.sequences[:, 2].sum()) < p.batch * p.q_len or int(p.sequences[:, 4].sum()) < p.batch * p.kv_len:
+    if int(p.sequences[:, Q_LEN].sum()) < p.batch * p.q_len or int(p.sequences[:, K_LEN].sum()) < p.batch * p.kv_len:
         for result, target in results:
             call.clear(result, target)
     return results
@@ -188,7 +189,7 @@ def _key_gradients(call: Call, f: Features) -> None:
     """dk and dv, by one kernel or two."""
     p, t = call.problem, call.tiling("keys", backward.memory_keys)
     call.numbers["tiles"] = call.tiles(t.cols)
-    call.numbers["key_tiles"] = key_tiles = -(-int(p.sequences[:, 4].max(initial=0)) // t.rows)
+    call.numbers["key_tiles"] = key_tiles = -(-int(p.sequences[:, K_LEN].max(initial=0)) // t.rows)
     grid, shared = key_tiles * p.kv_heads * len(p.sequences), backward.memory_keys(t)["size"]
     for which in ((True, True),) if max(p.qk_dim, p.v_dim) <= TOGETHER else ((True, False), (False, True)):
         call.run(backward.build_keys, t, f, grid, t.threads, shared, *which)
@@ -215,7 +216,7 @@ def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
     units, blocks = unit_b * unit_h * unit_rows, math.prod(own)
     share = max(1, -(-units // max(1, BLOCKS // max(1, blocks))))  # of units to a part
     parts = max(1, -(-units // share))
-    order = np.lexsort((p.sequences[:, 2], p.sequences[:, 1], p.sequences[:, 0]))
+    order = np.lexsort((p.sequences[:, Q_LEN], p.sequences[:, Q_START], p.sequences[:, BATCH]))
     ordered = p.sequences[order]
     if (ordered != p.sequences).any():
         n["sequences"] = call.small(ordered)
@@ -228,7 +229,7 @@ def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:
         "dbias_part": size * item,
         "parts": parts,
         "units": share,
-        "batch_first": call.small(np.searchsorted(ordered[:, 0], np.arange(p.batch + 1))),
+        "batch_first": call.small(np.searchsorted(ordered[:, BATCH], np.arange(p.batch + 1))),
         "q_len": p.q_len,
         "kv_len": p.kv_len,
         "unit_b": unit_b,
@@ -269,7 +270,7 @@ def _aux_sums(call: Call, f: Features, asked: tuple[bool, ...]) -> tuple[Result 
     """
     p, n = call.problem, call.numbers
     functions = derivatives.aux_functions(p.score_mod, call.acc, p.aux, asked)
-    limb = derivatives.limb_bits(int((p.sequences[:, 2] * p.sequences[:, 4]).sum()) * p.q_heads)
+    limb = derivatives.limb_bits(int((p.sequences[:, Q_LEN] * p.sequences[:, K_LEN]).sum()) * p.q_heads)
     which = [m for m, wanted in enumerate(asked) if wanted]
     buffers = [call.empty((derivatives.buffer_size(p.aux[m].size),), np.int64) for m in which]
     for x, (memory, _, _) in enumerate(buffers):
