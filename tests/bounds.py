@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from naive import geometry, rounding, visible
+from naive import geometry, rounding, sink_scores, visible
 from tracked import modified, tangent
 
 from numba_attn import plan, reference
@@ -193,7 +193,7 @@ def scores(p: plan.Problem, q: np.ndarray, k: np.ndarray) -> Scores:
         y = modified(p, s)
         slope = Slope(y.slope, y.bend**2 * (squares + shared) + y.slope_squares, np.abs(y.bend) * certain)
         shared, certain = y.slope**2 * shared, np.abs(y.slope) * certain
-        squares, s = y.slope**2 * squares + y.squares, y.s
+        squares, s = y.slope**2 * squares + y.squares, y.value
         seen &= s != -np.inf
     s = np.where(seen, s, -np.inf)
     squares, shared, certain = (np.where(seen, x, 0.0) for x in (squares, shared, certain))
@@ -228,14 +228,8 @@ class Forward(NamedTuple):
 def forward(p: plan.Problem) -> Forward:
     q, k, v = operands(p)
     x = scores(p, q, k)
-    m = np.max(x.s, axis=-1, initial=-np.inf, keepdims=True)
-    sink = np.full(m.shape, -np.inf)
-    if p.sinks is not None:
-        covered = np.zeros((p.batch, 1, p.q_len, 1), bool)
-        for batch, q_start, q_len, *_ in p.sequences.tolist():
-            covered[batch, 0, q_start : q_start + q_len] = True
-        sink = np.where(covered, p.sinks.astype(np.float64)[:, None, None], sink)
-        m = np.maximum(m, sink)
+    sink = sink_scores(p, np.float64)
+    m = np.maximum(np.max(x.s, axis=-1, initial=-np.inf, keepdims=True), sink)
     m = np.where(np.isneginf(m), 0.0, m)
     e, e_sink = np.exp(x.s - m), np.exp(sink - m)
     l = e.sum(-1, keepdims=True) + e_sink
@@ -469,10 +463,9 @@ class Dots(NamedTuple):
     aux: tuple[np.ndarray | None, ...] | None = None
 
 
-def tangents(p: plan.Problem, dots: Dots) -> tuple[Size, Size]:
-    """How far off the tangents of out and lse may be."""
+def tangents(p: plan.Problem, f: Forward, dots: Dots) -> tuple[Size, Size]:
+    """How far off the tangents of out and lse may be; f: the problem's forward pass."""
     q, k, v = operands(p)
-    f = forward(p)
     x, weights, kept, out = f.scores, f.weights, f.kept, f.out_values
     group = p.q_heads // max(p.kv_heads, 1)
     q_dot, k_dot, v_dot = (
@@ -494,11 +487,10 @@ def tangents(p: plan.Problem, dots: Dots) -> tuple[Size, Size]:
         s_dot = s_dot - term
         squares, certain = squares + term**2 + s_dot**2, certain + 2 * np.abs(term)
 
-    if x.before is None or x.modified is None:
-        pass
-    elif dots.aux is None:
+    if dots.aux is None or x.before is None:
         s_dot, squares, shared, certain = along(x.modified, s_dot, squares, shared, certain)
     else:
+        assert x.modified is not None
         y, slope = tangent(p, x.before.s, s_dot, dots.aux), x.modified.value
         squares = slope**2 * squares + y.bend**2 * (x.before.squares + x.before.shared) + y.squares
         shared, certain = slope**2 * shared, np.abs(slope) * certain + np.abs(y.bend) * x.before.certain

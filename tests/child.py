@@ -39,3 +39,21 @@ def run_python(
             f"exit status {done.returncode}\n--- stdout\n{done.stdout[-4000:]}\n--- stderr\n{done.stderr[-8000:]}"
         )
     return done
+
+
+def run_sweep(code: str, edge: str, form: str, total: int) -> list[str]:
+    """What `code`, given edge, form and the first of `total` problems, finds wrong. It prints "at n name" before each
+    problem, "differs ..." and at the end "done"; where it dies, the next child goes on behind."""
+    wrong: list[str] = []
+    first = 0
+    while first < total and len(wrong) < 5:
+        done = run_python(code, edge, form, str(first), check=False)
+        lines = done.stdout.splitlines()
+        wrong += [line for line in lines if line.startswith("differs")]
+        if lines and lines[-1] == "done":
+            break
+        where = [line.split() for line in lines if line.startswith("at ")]
+        assert where and done.returncode < 0, f"the sweep itself failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        wrong.append(f"signal {-done.returncode} at {where[-1][2]}")
+        first = int(where[-1][1]) + 1
+    return wrong

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from numba_attn import plan, reference
+from numba_attn.userfn.accepted import plain_function
 
 # What `math` means in a user's function here: the argument's precision, where math itself is double.
 NUMPY_MATH = SimpleNamespace(inf=math.inf, pow=np.power, **{
@@ -38,11 +39,24 @@ def geometry(p: plan.Problem) -> tuple[np.ndarray, np.ndarray]:
     return seen, distance
 
 
+def with_math(fn: Any, math: SimpleNamespace) -> FunctionType:
+    """A user's function that takes its functions of `math` from this."""
+    fn = plain_function(fn)
+    return FunctionType(fn.__code__, fn.__globals__ | {"math": math}, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+def sink_scores(p: plan.Problem, dtype: Any) -> np.ndarray:
+    """(B, Hq, Sq, 1): the score of each row's sink, -inf where it has none."""
+    scores = np.full((p.batch, p.q_heads, p.q_len, 1), -np.inf, dtype)
+    if p.sinks is not None:
+        for batch, q_start, q_len, *_ in p.sequences.tolist():
+            scores[batch, :, q_start : q_start + q_len] = p.sinks.astype(dtype)[:, None, None]
+    return scores
+
+
 def everywhere(fn: Any, *arrays: np.ndarray, aux: tuple[np.ndarray, ...], dtype: np.dtype) -> np.ndarray:
     """A user's scalar function at every pair; the score is a scalar of `dtype`, and so is its arithmetic."""
-    fn = getattr(fn, "fn", fn)
-    fn = getattr(fn, "py_func", fn)
-    fn = FunctionType(fn.__code__, fn.__globals__ | {"math": NUMPY_MATH}, fn.__name__, fn.__defaults__, fn.__closure__)
+    fn = with_math(fn, NUMPY_MATH)
     shape = np.broadcast_shapes(*(x.shape for x in arrays))
     out = np.empty(shape, dtype)
     columns = [np.broadcast_to(x, shape).ravel() for x in arrays]
@@ -76,19 +90,11 @@ def attention(
         # score_mod comes before the mask, but -inf from the bias stays hidden whatever the function makes of it
     s = np.where(seen, s, t(-np.inf))
 
-    m = np.max(s, axis=-1, initial=-np.inf, keepdims=True)
-    sink = None if p.sinks is None else np.broadcast_to(p.sinks.astype(dtype)[:, None, None], m.shape).copy()
-    if sink is not None:
-        covered = np.zeros((p.batch, 1, p.q_len, 1), bool)
-        for batch, q_start, q_len, *_ in p.sequences.tolist():
-            covered[batch, 0, q_start : q_start + q_len] = True
-        sink[~np.broadcast_to(covered, sink.shape)] = -np.inf
-        m = np.maximum(m, sink)
+    sink = sink_scores(p, dtype)
+    m = np.maximum(np.max(s, axis=-1, initial=-np.inf, keepdims=True), sink)
     m[np.isneginf(m)] = 0
     e = np.exp(s - m)
-    denominator = e.sum(-1, keepdims=True)
-    if sink is not None:
-        denominator = denominator + np.exp(sink - m)
+    denominator = e.sum(-1, keepdims=True) + np.exp(sink - m)
     with np.errstate(divide="ignore"):
         lse = (m + np.log(denominator))[..., 0]
     weights = e / np.where(denominator == 0, t(1), denominator)

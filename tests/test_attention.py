@@ -515,7 +515,7 @@ def test_drawn_sequences_cover_every_row_once(seed: int, length: int, parts: int
         np.testing.assert_allclose(out, outs[0], rtol=0, atol=1e-6)
 
 
-# ---- the yardstick itself ----
+# ---- the rule itself ----
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import (
-    build,
-)
-from child import run_python
+from cases import build
+from child import run_python, run_sweep
 from test_backward import cotangents, float_aux, same
 
 import numba_attn as na
@@ -58,18 +56,8 @@ def guarded_sweep(edge: str, form_name: str, first_one: int) -> None:
 def test_no_byte_outside_the_arrays(edge: str, form: str) -> None:
     from test_memory import guard_cases
 
-    wrong, first_one, total = [], 0, len(guard_cases())
-    while first_one < total and len(wrong) < 5:
-        code = "import sys, test_backward_process as t; t.guarded_sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
-        done = run_python(code, edge, form, str(first_one), check=False)
-        lines = done.stdout.splitlines()
-        wrong += [line for line in lines if line.startswith("differs")]
-        if lines and lines[-1] == "done":
-            break
-        where = [line.split() for line in lines if line.startswith("at ")]
-        assert where and done.returncode < 0, f"the sweep itself failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        wrong.append(f"signal {-done.returncode} at {where[-1][2]}")
-        first_one = int(where[-1][1]) + 1
+    code = "import sys, test_backward_process as t; t.guarded_sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    wrong = run_sweep(code, edge, form, len(guard_cases()))
     assert not wrong, f"arrays at a page edge ({edge}, {form}): {wrong}"
 
 

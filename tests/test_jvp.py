@@ -39,7 +39,7 @@ def test_case(case: Case) -> None:
     assert out.dtype == found[0].dtype == arrays[0].dtype
     p = resolve(*arrays, **options)
     bound = bounds.forward(p)
-    sizes = bound.out, bound.lse, *bounds.tangents(p, directions_of(p, dots, more))
+    sizes = bound.out, bound.lse, *bounds.tangents(p, bound, directions_of(p, dots, more))
     results = zip(
         ("out", "lse", "out_dot", "lse_dot"), (out, lse, *found), (want, want_lse, *right), sizes, strict=True
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import seeds
 from cases import BY_NAME, DTYPES, Case, bias, bool_mask, both, build, given, sinks, slopes, table_by_distance, with_aux
-from child import run_python
+from child import run_python, run_sweep
 from guard import guarded, guarded_rows
 
 import numba_attn as na
@@ -112,18 +112,8 @@ def sweep_guarded(edge: str, form_name: str, first: int) -> None:
 @pytest.mark.parametrize("form", ["packed", "rows"])
 @pytest.mark.parametrize("edge", ["end", "start"])
 def test_no_byte_outside_the_arrays(edge: str, form: str) -> None:
-    wrong, first, total = [], 0, len(guard_cases())
-    while first < total and len(wrong) < 5:
-        done = run_python("import sys, test_memory as t; t.sweep_guarded(sys.argv[1], sys.argv[2], int(sys.argv[3]))",
-                          edge, form, str(first), check=False)  # fmt: skip
-        lines = done.stdout.splitlines()
-        wrong += [line for line in lines if line.startswith("differs")]
-        if lines and lines[-1] == "done":
-            break
-        where = [line.split() for line in lines if line.startswith("at ")]
-        assert where and done.returncode < 0, f"the sweep itself failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        wrong.append(f"signal {-done.returncode} at {where[-1][2]}")
-        first = int(where[-1][1]) + 1
+    code = "import sys, test_memory as t; t.sweep_guarded(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    wrong = run_sweep(code, edge, form, len(guard_cases()))
     assert not wrong, f"arrays at a page edge ({edge}, {form}): {wrong}"
 
 

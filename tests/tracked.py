@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from naive import with_math
 
 from numba_attn import plan
 
@@ -136,21 +137,12 @@ MATH = SimpleNamespace(
 )
 
 
-class Modified(NamedTuple):
-    """score_mod of every score, as `Tracked` has it."""
-
-    s: np.ndarray
-    slope: np.ndarray
-    bend: np.ndarray
-    squares: np.ndarray
-    slope_squares: np.ndarray
-
-
-def modified(p: plan.Problem, s: np.ndarray) -> Modified:
+def modified(p: plan.Problem, s: np.ndarray) -> Tracked:
+    """score_mod of every score."""
     x = everywhere(p, Tracked(s, np.ones_like(s)), p.aux)
     # The score comes from log2 units and goes back to them, and is rounded on both ways.
     squares = x.squares + (x.slope * s) ** 2 + np.where(np.isfinite(x.value), x.value, 0.0) ** 2
-    return Modified(x.value, x.slope, x.bend, squares, x.slope_squares + (x.bend * s) ** 2)
+    return Tracked(x.value, x.slope, x.bend, squares, x.slope_squares + (x.bend * s) ** 2)
 
 
 class Tangent(NamedTuple):
@@ -181,7 +173,7 @@ def tangent(p: plan.Problem, s: np.ndarray, s_dot: np.ndarray, aux_dot: tuple[np
 
 def everywhere(p: plan.Problem, s: Tracked, aux: tuple[Any, ...]) -> Tracked:
     """score_mod of every score: of all at once, or one by one where the function has branches."""
-    fn, shape = _function(p), s.value.shape
+    fn, shape = with_math(p.score_mod, MATH), s.value.shape
     try:
         x = fn(s, *np.ogrid[tuple(map(slice, shape))], *aux)
     except ValueError:  # the truth of an array
@@ -195,10 +187,3 @@ def everywhere(p: plan.Problem, s: Tracked, aux: tuple[Any, ...]) -> Tracked:
     return Tracked(
         *(np.broadcast_to(getattr(x, name), shape) for name in ("value", "slope", "bend", "squares", "slope_squares"))
     )
-
-
-def _function(p: plan.Problem) -> FunctionType:
-    """score_mod whose `math` takes tracked numbers."""
-    fn = getattr(p.score_mod, "fn", p.score_mod)
-    fn = getattr(fn, "py_func", fn)
-    return FunctionType(fn.__code__, fn.__globals__ | {"math": MATH}, fn.__name__, fn.__defaults__, fn.__closure__)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from device_arrays import HKV, HQ, SK, SQ, B, D, Watched, on, qkv, random
+from device_arrays import HKV, HQ, SK, SQ, B, D, on, qkv, random
 from emulator import DlpackArray, InterfaceArray
 
 import numba_attn as na
@@ -15,18 +15,6 @@ from numba_attn.cuda.host import driver, streams
 pytest.importorskip("numba_cuda")
 
 from numba_attn.cuda.host import on_device
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """One device for all tests: kernels with user functions are compiled once."""
-    return Watched()
-
-
-@pytest.fixture
-def device(shared):
-    with shared.used():
-        yield shared
 
 
 @pytest.mark.parametrize("kind", [DlpackArray, InterfaceArray])

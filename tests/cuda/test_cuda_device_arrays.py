@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import seeds
-from device_arrays import HKV, HQ, SK, SQ, B, D, Watched, all_close, at, bent, close, host, on, qkv, random
+from device_arrays import HKV, HQ, SK, SQ, B, D, all_close, at, bent, close, host, on, qkv, random
 from emulator import DlpackArray, InterfaceArray
 from libraries import BFLOAT16, library, needs_ml_dtypes
 
@@ -18,19 +18,6 @@ from numba_attn.cuda.host import arrays
 pytest.importorskip("numba_cuda")
 
 from numba_attn.cuda.host import on_device
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """One device for all tests: kernels with user functions are compiled once."""
-    return Watched()
-
-
-@pytest.fixture
-def device(shared):
-    with shared.used():
-        yield shared
-
 
 # ---------------------------------------------------------------- kinds
 

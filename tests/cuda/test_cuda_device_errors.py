@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from device_arrays import HKV, HQ, SK, SQ, B, D, Watched, at, bent, on, qkv, random
+from device_arrays import HKV, HQ, SK, SQ, B, D, at, bent, on, qkv, random
 from emulator import DlpackArray, EmulatedDevice, InterfaceArray
 from libraries import library
 
@@ -18,19 +18,6 @@ from numba_attn.cuda.host import driver
 pytest.importorskip("numba_cuda")
 
 from numba_attn.cuda.host.call import check
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """One device for all tests: kernels with user functions are compiled once."""
-    return Watched()
-
-
-@pytest.fixture
-def device(shared):
-    with shared.used():
-        yield shared
-
 
 # ---------------------------------------------------------------- arguments
 
