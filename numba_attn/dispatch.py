@@ -1,10 +1,9 @@
-"""From the arguments of a public call to a backend: the CPU's kernels, a GPU, or the dense reference where Numba's
-compiler is switched off.
+"""Hands a public call to a backend: the CPU's kernels, a GPU, or the dense reference if NUMBA_DISABLE_JIT=1.
 
-A call is bound once: its kinds are checked and planned, and what it was bound to is kept for the calls alike. Each call
-then fills in its addresses and numbers, whatever its options, and these are checked at every call.
+`bind` checks the kinds of a call once, and keeps the result for all calls of the same kinds. Each call then fills in
+its own addresses and numbers, which are checked at every call. This is so for all options.
 
-The kernels are imported with the first call, not with the package: checking arguments and the reference need no Numba.
+The kernels are imported by the first call, not with the package: the checks and the reference need no Numba.
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ _NO_OPTIONS: Mapping[str, Any] = {}
 
 @dataclass(slots=True)
 class Bound:
-    """What a call's kinds decide: all of it but addresses and numbers."""
+    """Everything that the kinds of a call decide. The call adds addresses and numbers."""
 
     plan: plan.Plan
     on: HostBackend
-    # Of the forward kernel, None while nobody knows: how the work is cut, where kinds decide the sequences, and the
-    # numbers, where they decide all but those of q, k, v, out and lse. One pair, as threads read it.
+    # For the forward kernel. The launch is kept if the kinds decide the sequences. The record is kept, too, if each
+    # call only adds q, k, v, out and lse. None before the first call. One tuple, so that a thread sees both or neither.
     forward: tuple[Launch | None, Record | None] = (None, None)
 
 
 def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any], stacklevel: int) -> Bound:
-    """What a call of arrays in host memory is bound to.
+    """Check the kinds of a call with arrays in host memory, or find a call of the same kinds that was checked before.
 
-    options: the keywords that were given, of any name that a public function takes.
-    stacklevel: how far up the user's line is, for a warning.
+    options: the keywords of the call; any public function's.
+    stacklevel: of a warning, so that it names the user's line.
 
     Raises
     ------
     TypeError, ValueError
-        For all that `plan.kinds` decides.
+        For everything that `plan.kinds` decides.
     """
     if not type(q) is type(k) is type(v) is np.ndarray:
         q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
@@ -60,7 +59,7 @@ def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any], stacklevel: int) ->
     bound = None if key is None else _BOUND.get(key)
     if bound is None:
         bound = Bound(plan.bind(q, k, v, semantic(options)), host_backend(options, stacklevel + 1))
-        if key is not None and "tf32" not in options:  # a deprecated name is warned of at every call
+        if key is not None and "tf32" not in options:  # the deprecated name warns at every call
             if len(_BOUND) >= _MOST_BOUND:
                 _BOUND.clear()
             _BOUND[key] = bound
@@ -78,7 +77,7 @@ def forward(
 ) -> tuple[Any, Any]:
     """out, and lse or None.
 
-    problem: the checked call, where there is one already.
+    problem: the checked call, if the caller has it already.
     """
     kept, (launch, record) = bound.plan, bound.forward
     out, layout = options.get("out") if options else None, kept.layout
@@ -114,7 +113,7 @@ def forward(
 
 
 def _filled_in(bound: Bound, problem: plan.Problem) -> tuple[Launch, Record]:
-    """The forward kernel's launch for a problem, and its numbers; what kinds decide of them is kept."""
+    """The launch and the record of a problem's forward kernel. What the kinds decide of them is kept in `bound`."""
     launch = bound.forward[0] or _prepare(problem)
     record = launch.filled_in(problem)
     if bound.plan.decides_sequences and bound.forward[0] is None:
@@ -158,7 +157,7 @@ def backward(
 
         dbias, dslopes, daux, deltas = on_cpu(problem, given, wanted)
         dsinks = None if sinks is None else sink_gradient(problem, given.lse, deltas)
-    with np.errstate(over="ignore"):  # a float16 gradient may be infinite, as those that the kernels write
+    with np.errstate(over="ignore"):  # a gradient in float16 may be infinite, whoever writes it
         return Gradients(
             dq,
             dk,
@@ -215,12 +214,12 @@ class HostBackend(NamedTuple):
 
 
 def host_backend(options: Mapping[str, Any], stacklevel: int) -> HostBackend:
-    """The backend of a call of arrays in host memory. stacklevel: how far up the user's line is, for a warning.
+    """The backend of a call with arrays in host memory. stacklevel: of a warning, so that it names the user's line.
 
     Raises
     ------
     TypeError, ValueError
-        For a backend, stream or precision that is not known, or that only a GPU has.
+        For a backend, stream or precision that is unknown, or that only a GPU has.
     """
     if not options:
         return HostBackend("auto", None, False)
@@ -254,12 +253,12 @@ def check_bool(x: Any, name: str) -> bool:
 
 
 def semantic(options: Mapping[str, Any]) -> Any:
-    """Those of a call's options that say what attention is: the keywords of `plan.resolve`."""
+    """The options that say what attention computes, without those that say where and how: see `plan.resolve`."""
     return {name: x for name, x in options.items() if name in NAMES} if options else _NO_OPTIONS
 
 
 def on_gpu(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the call is one with arrays in the memory of a GPU."""
+    """Whether the arrays of the call are in the memory of a GPU."""
     if type(q) is type(k) is type(v) is np.ndarray:
         return False
     backend = check_backend(options)
@@ -283,7 +282,7 @@ def on_gpu(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> bool:
 
 @cache
 def jit_is_off() -> bool:
-    """NUMBA_DISABLE_JIT=1: vector kernels cannot run as Python. Numba reads it once, at its import."""
+    """Whether NUMBA_DISABLE_JIT=1 is set: vector kernels cannot run as Python. Numba reads it once, at its import."""
     from numba import config
 
     return bool(config.DISABLE_JIT)

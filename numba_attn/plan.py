@@ -1,9 +1,9 @@
-"""Arguments -> `Problem`: every check and every error of a call, and the arrays as the kernels read them.
+"""Turns the arguments of a call into a `Problem`, which kernels read. All checks and errors of a call are here.
 
-A call is bound in two steps. `bind` looks at kinds alone: the shapes and dtypes of q, k and v, the settings, the types
-of the other options (`kinds` is all that it looks at, as a key). It gives a `Plan`, which calls alike share. Then
-`Plan.problem` takes the addresses and numbers of one call and checks them, at every call. So a kept plan never holds a
-number that a caller may change.
+A call is bound in two steps. `bind` reads the kinds of the arguments alone: the shapes and dtypes of q, k and v, the
+settings, and the types of the other options. (`kinds` returns the same facts as a dictionary key.) `bind` returns a
+`Plan`, and calls of the same kinds share one. Then `Plan.problem` checks the numbers of one call, at every call. So a
+kept plan never holds a number that a caller may change.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from .userfn.accepted import ScoreMod, aux_arrays, check_function
 
 __all__ = ["OPEN", "Plan", "Problem", "bind", "check_out", "in_layout", "kinds", "lse_shape", "output_shape", "resolve"]
 
-# What a layout's array needs to become (B, H, S, D): its number of axes, how many leading axes it lacks, whether S
-# comes before H.
+# How an array in each layout becomes (B, H, S, D): its number of axes, the number of leading axes that it lacks, and
+# whether S comes before H.
 _LAYOUTS = {"bhsd": (4, 0, False), "bshd": (4, 0, True), "hsd": (3, 1, False), "shd": (3, 1, True), "sd": (2, 2, False)}
 _AXES = {"b": "batch", "h": "heads", "s": "sequence", "d": "head size"}
 
-_MAX_WORK = 10_000_000  # for np.shares_memory, about a tenth of a second; ordinary strides need less than a hundred
+_MAX_WORK = 10_000_000  # steps of np.shares_memory, about 0.1 s; ordinary strides need fewer than a hundred
 
 
 class Problem(NamedTuple):
-    """A checked call. Every array is a base-class view of the caller's, in (B, H, S, D) order, whatever layout came
-    in."""
+    """A checked call. Every array is a plain NumPy view of the caller's, in (B, H, S, D) order for every layout."""
 
     q: Array  # (B, Hq, Sq, Dk)
     k: Array  # (B, Hkv, Sk, Dk)
@@ -51,9 +50,9 @@ class Problem(NamedTuple):
     left: int
     right: int
     has_prefix: bool
-    # int64 C (n, 7), columns as mask/shape.py names them. A query in none is an empty row.
+    # int64 C (n, 7), columns as mask/shape.py names them. A query that is in no sequence is an empty row.
     sequences: Array
-    start: Array | None  # int64 C (1 or B, 1 or Hq, Sq), key array indices: start <= j < end, besides all other bounds
+    start: Array | None  # int64 C (1 or B, 1 or Hq, Sq), key array indices: start <= j < end, beside all other bounds
     end: Array | None
     segments: tuple[tuple[Array, Array], ...]  # int64 C (1 or B, Sq) and (1 or B, Sk): equal ids see each other
     masks: tuple[Array, ...]  # bool (B, Hq, Sq, Sk), zero strides where broadcast
@@ -99,8 +98,8 @@ _Step = Callable[["Plan", Mapping[str, Any]], dict[str, Any]]
 
 
 class Plan(NamedTuple):
-    """What the kinds of a call's arguments decide. It holds no array of a caller's and no number that calls alike may
-    have different."""
+    """What the kinds of a call's arguments decide. It holds no array of a caller, and no number in which calls of the
+    same kinds may differ."""
 
     shape: Shape
     qk_dim: int
@@ -108,7 +107,7 @@ class Plan(NamedTuple):
     layout: str
     causal: bool
     window: Window | None
-    fields: dict[str, Any]  # of the Problem, all of them and in their order; None for those that are filled in
+    fields: dict[str, Any]  # all fields of the Problem, in their order; None where each call fills them in
     steps: tuple[_Step, ...]  # each checks some of a call's options and gives fields of the Problem
 
     def problem(self, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Problem:
@@ -117,7 +116,7 @@ class Plan(NamedTuple):
         Raises
         ------
         TypeError, ValueError
-            As `resolve` does, for all that kinds do not decide.
+            As `resolve` does, for everything that the kinds do not decide.
         """
         fields, layout = self.fields.copy(), self.layout
         q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
@@ -130,12 +129,12 @@ class Plan(NamedTuple):
 
     @property
     def decides_sequences(self) -> bool:
-        """Whether the bounds of a mask are a matter of kinds."""
+        """Whether the kinds alone decide the bounds of the mask."""
         return _bounds not in self.steps
 
 
 def kinds(q: Array, k: Array, v: Array, options: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What two calls have in common that `bind` gives one plan. None for options with settings that make no key."""
+    """A dictionary key that is equal for two calls if one plan serves both. None if a setting cannot be a key."""
     key: tuple[Any, ...] = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
     for name, x in options.items():
         if name in _FILLED_IN or (name == "align" and type(x) is not str):
@@ -149,23 +148,23 @@ def kinds(q: Array, k: Array, v: Array, options: Mapping[str, Any]) -> tuple[Any
 
 
 def resolve(q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Problem:
-    """Check the arguments of `attention` and say what they mean.
+    """Check the arguments of `attention`, and return what they mean.
 
     Raises
     ------
     TypeError, ValueError
-        For everything that is not as `attention` says, naming the argument, what was given and what is accepted.
+        For every argument that `attention` does not accept. The text names it, what was given and what is accepted.
     """
     return bind(q, k, v, options).problem(q, k, v, options)
 
 
 def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Plan:
-    """The plan of a call: what `kinds` alone decides, checked. It reads no number of the options that are filled in.
+    """Check what the kinds of a call decide, and return its plan. The numbers that each call fills in are not read.
 
     Raises
     ------
     TypeError, ValueError
-        As `resolve` does, for what kinds decide.
+        As `resolve` does, for everything that the kinds decide.
     """
     layout = options.get("layout", DEFAULTS["layout"])
     q, k, v, dtype, acc = _checked_arrays(q, k, v, layout)
@@ -198,8 +197,7 @@ def bind(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Plan:
 
 
 def _is_given(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether an option has a value of its own to check, which its type says: None, where None is the default, has
-    not."""
+    """Whether an option was given a value. None counts as no value where it is the default."""
     return name in options and not (options[name] is None and DEFAULTS[name] is None)
 
 
@@ -207,7 +205,7 @@ def _is_given(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def _bounds(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What causal, window, align and a Mask come to."""
+    """The bounds that causal, window, align and a Mask give together."""
     mask, align = options.get("mask"), check_align(options.get("align"), "align")
     alibi, shape = options.get("alibi_slopes") is not None, plan.shape
     if isinstance(mask, Mask):
@@ -218,15 +216,15 @@ def _bounds(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"left": left, "right": right, "sequences": whole_rows(shape.batch, shape.q_len, shape.kv_len, offset)}
 
 
-# Parts that hold nothing but copies: no array of the caller's and no function.
+# Parts that hold copies alone: no array of the caller and no function.
 _OWN_NUMBERS = (Aligned, Lengths, Varlen, Segments, Intervals)
 
-# What a Mask came to the last time: the plan, align, and fields of the Problem. A model's layers share a Mask.
+# The last result for each Mask: the plan, align, and fields of the Problem. The layers of a model share a Mask.
 _LOWERED: WeakKeyDictionary[Mask, tuple[Plan, Align, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def _lowered(plan: Plan, mask: Mask, align: Align, alibi: bool) -> dict[str, Any]:
-    """`lower` of a Mask, remembered where all is the Mask's own: not an array or a function that may have changed."""
+    """`lower` of a Mask. The result is kept if nobody can change what it came from: no array, no user's function."""
     own = not isinstance(align, np.ndarray) and all(isinstance(part, _OWN_NUMBERS) for part in mask.parts)
     last = _LOWERED.get(mask) if own else None
     if last is not None and last[0] is plan and last[1] == align:
@@ -315,7 +313,7 @@ def _dropout(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"dropout_p": p, "seed": number}
 
 
-# The options of which each call brings its own numbers or addresses. Their types alone are kinds.
+# The options whose numbers or addresses may differ from call to call. Only their types belong to the kinds.
 _STEPS: dict[tuple[str, ...], _Step] = {
     ("scale",): _scale,
     ("softcap",): _softcap,
@@ -325,14 +323,14 @@ _STEPS: dict[tuple[str, ...], _Step] = {
     ("score_mod", "aux"): _score_mod,
     ("dropout_p", "seed"): _dropout,
 }
-_FILLED_IN = frozenset({"mask", "out"}.union(*_STEPS))  # and an align that is no name; others are settings
+_FILLED_IN = frozenset({"mask", "out"}.union(*_STEPS))  # and an align of numbers; the others are settings
 
 
-# --- the checks that kinds decide -------------------------------------------------------------------------------------
+# --- the checks of kinds ----------------------------------------------------------------------------------------------
 
 
 def _checked_arrays(q: Any, k: Any, v: Any, layout: Any) -> tuple[Array, Array, Array, np.dtype[Any], type]:
-    """q, k and v as (B, H, S, D) views that fit each other, their dtype and the one of sums."""
+    """q, k and v as (B, H, S, D) views, their dtype, and the dtype of sums. Raises where they do not fit together."""
     q, k, v = plain(q, "q"), plain(k, "k"), plain(v, "v")
     dtype = q.dtype
     acc = accumulation(dtype, "q")
@@ -375,7 +373,7 @@ def _causal(causal: Any) -> bool:
 
 
 def _band(plan: Plan, align: str | int | None, alibi: bool) -> tuple[int, int, int]:
-    """left, right and offset of a call without a Mask: what `lower` would find, in a tenth of the time."""
+    """left, right and offset of a call without a Mask. `lower` gives the same and takes ten times as long."""
     left, right, shape, window = OPEN, 0 if plan.causal else OPEN, plan.shape, plan.window
     if window is not None:
         left = OPEN if window.left is None else min(window.left, OPEN)
@@ -460,9 +458,9 @@ def check_out(problem: Problem, out: Any) -> Array:
     Raises
     ------
     TypeError
-        If it is no NumPy array of q's dtype.
+        If it is not a NumPy array of q's dtype.
     ValueError
-        If it has another shape, is read-only, has two elements in the same place, or shares memory with an input.
+        If it has another shape, is read-only, has two elements at one address, or shares memory with an input.
     """
     view = plain(out, "out")
     wanted = output_shape(problem)
@@ -500,12 +498,12 @@ def _inputs(problem: Problem) -> list[tuple[str, Array]]:
 
 
 def _share(a: Array, b: Array) -> bool:
-    """Whether one byte belongs to both. Exact, as bounds say too much (two interleaved columns): a Diophantine
-    equation."""
+    """Whether some byte belongs to both arrays. The answer is exact: np.shares_memory solves a Diophantine equation.
+    Bounds of addresses are not enough, since two interleaved columns overlap in them and share nothing."""
     try:
         return np.shares_memory(a, b, max_work=_MAX_WORK)  # type: ignore[arg-type]  # any int, says its documentation
     except np.exceptions.TooHardError:
-        return True  # strides that nobody has; a refusal is the answer that cannot be wrong
+        return True  # too hard to decide: refuse, which is always safe; ordinary strides never come here
 
 
 def _overlaps_itself(x: Array) -> bool:
@@ -518,11 +516,12 @@ def _overlaps_itself(x: Array) -> bool:
             break
         reach += stride * (size - 1)
     else:
-        return False  # each axis steps past everything below it
+        return False  # each axis steps over everything that the axes with smaller strides reach
     axis = int(np.argmax(x.shape))
     if x.shape[axis] == 1:
         return False
-    # Two halves that don't overlap, and one within itself; the other is the same picture elsewhere.
+    # Cut the longest axis in two. Elements of different halves may share a byte, or elements of one half: the second
+    # half is like the first, only shifted.
     x = x.swapaxes(0, axis)
     half = (x.shape[0] + 1) // 2
     return _share(x[:half], x[half:]) or _overlaps_itself(x[:half])
@@ -542,8 +541,8 @@ def _dtypes_differ(q: Array, k: Array, v: Array) -> TypeError:
 
 
 def _sizes_differ(q: Array, k: Array, v: Array, layout: str) -> ValueError:
-    """Which of the sizes of q, k and v is wrong. The arrays are (B, H, S, D) views; shapes are told in the caller's
-    layout."""
+    """The error for the first size of q, k and v that is wrong. The arrays are (B, H, S, D) views; the text gives
+    shapes in the caller's layout."""
     batch, q_heads, _, qk_dim = q.shape
     kv_heads = k.shape[1]
     shapes = [in_layout(x, layout).shape for x in (q, k, v)]

@@ -67,7 +67,11 @@ def test_an_output_that_cannot_be_written_is_one_line(output: str, unbuffered: s
         )
     finally:
         os.close(target)
-    says = {"full": "takes no more: No space left on device", "pipe": "takes no more: ", "closed": "is closed"}[output]
+    says = {
+        "full": "cannot be written to: No space left on device",
+        "pipe": "cannot be written to: ",
+        "closed": "is closed",
+    }[output]
     assert done.returncode == 1
     assert done.stderr.startswith(f"numba-attn: standard output {says}") and done.stderr.count("\n") == 1, done.stderr
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OutputFailed as why:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # for what Python still writes at its end
-        print(f"numba-attn: standard output takes no more: {why}", file=sys.stderr)
+        print(f"numba-attn: standard output cannot be written to: {why}", file=sys.stderr)
         return 1
 
 

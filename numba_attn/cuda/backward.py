@@ -87,7 +87,7 @@ def memory_queries(t: Tiling) -> dict[str, int]:
 
 
 def memory_keys(t: Tiling) -> dict[str, int]:
-    """Shared memory of the kernel of dK and dV: what is of a tile of queries is there once for each stage."""
+    """Shared memory of the kernel of dK and dV. Each stage has its own place for what comes from a tile of queries."""
     stage = placed(
         {
             "table": table_bytes(t.cols),

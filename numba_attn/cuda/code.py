@@ -1,4 +1,4 @@
-"""Pieces of LLVM code that the kernels' instructions are made of: constants, conversions, inline PTX, addresses."""
+"""Pieces of LLVM code for the kernels' instructions: constants, conversions, inline PTX, addresses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def as_i64(builder: Any, value: Any) -> Any:
 
 
 def asm(builder: Any, result: Any, text: str, constraints: str, args: Sequence[Any], *, effect: bool = False) -> Any:
-    """Inline PTX; effect: it touches memory or must stay in its place."""
+    """Inline PTX. effect: it reads or writes memory, or must stay where it stands."""
     kind = ir.FunctionType(result, [a.type for a in args])
     return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=effect), args)
 

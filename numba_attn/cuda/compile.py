@@ -86,7 +86,8 @@ def _nvvm() -> str:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Compiling makes millions of objects that stay until its end: looking through them takes a quarter of the time."""
+    """Switch the garbage collector off. Compiling makes millions of objects that live until its end, and to search them
+    took a quarter of the time."""
     on = gc.isenabled()
     gc.disable()
     try:

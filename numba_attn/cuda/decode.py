@@ -1,4 +1,5 @@
-"""Few queries against many keys, as with a KV cache: blocks share out the keys, and a second kernel joins the parts.
+"""Few queries against many keys, as with a KV cache: each block takes a part of the keys, and a second kernel joins
+the parts.
 
 One block of the forward kernel takes KEYS keys of a (sequence, key head) for all queries of the head's group together,
 so that K and V are read once, and leaves each row's state (o, m, l) in the accumulation type. `build_merge` joins a
@@ -8,12 +9,13 @@ bits do not depend on how many keys or rows there are besides. Where a head size
 take a sixteenth of the bytes of k and v at most, a thirty-second in float32 and float64, each sequence's keys counted
 as whole parts.
 
-What matters is that loads never stop. A multiprocessor's share of the memory is 13 bytes a clock on an A100 and 15 on
-an H100, with 1000 to 1200 clocks from asking to having: 13 to 18 KB must be in flight. A block has a tile of 16 KB in
-flight, K while P V is computed and V while the scores are. In float16 at head size 128 it needs about 2800 clocks for
-the 32 KB of a block of keys, 2000 of them work: 11 bytes a clock alone, and of such blocks, of 41 KB of shared memory
-each, a multiprocessor holds four on cc 8.0, two on 8.6 and five on 9.0. So one warp a block and one buffer each for K
-and V are enough, and the loop is the forward kernel's. These are counts of instructions, not timings.
+The kernel is as fast as its loads, which must never stop. The memory gives a multiprocessor 13 bytes a clock on an A100
+and 15 on an H100, and a load takes 1000 to 1200 clocks: so 13 to 18 KB must be in flight. A block has a tile of 16 KB
+in flight: K while it computes P V, and V while it computes the scores. In float16 at head size 128 it needs about 2800
+clocks for the 32 KB of a block of keys, and 2000 of them are work. So one block loads 11 bytes a clock. It has 41 KB of
+shared memory, and a multiprocessor holds four such blocks on cc 8.0, two on 8.6 and five on 9.0. Therefore one warp a
+block and one buffer each for K and V are enough, and the loop is the forward kernel's. These numbers are counts of
+instructions, not timings.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Place(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a thread carries along of an array's contributions: PENDING numbers."""
+    """The contributions to an array that a thread has not yet added to memory: PENDING numbers."""
 
     element: Any  # which they are for, or -1
     high: Any

@@ -150,7 +150,7 @@ def _scores(t: Tiling, f: Features, table: int) -> Any:
             s = partial(s, row, col, given)
         else:
             s = whole(s, row, col, given)
-            if RAW and suspect(s):  # an infinite feature has no finite answer: NaN
+            if RAW and suspect(s):  # an infinite number in q or k has no finite answer: NaN
                 s = spoilt(s, row, col, given)
         return s
 
@@ -159,8 +159,8 @@ def _scores(t: Tiling, f: Features, table: int) -> Any:
 
 # --- online softmax ---------------------------------------------------------------------------------------------------
 
-# A row's weights may be up to 2**LAZY: m stays where it is until a score is so much larger, so that o is rescaled once
-# or twice and not for every tile. What each row does is its own affair.
+# A row's weights may be up to 2**LAZY. m stays as it is until a score is larger by so much, so that o is rescaled once
+# or twice and not for every tile. Each row does this on its own.
 LAZY = 8
 
 
@@ -233,8 +233,7 @@ def _raised(lazy: bool, number: Any) -> Any:
 
 
 def _divided(acc: str) -> Any:
-    """(o, l, 1 / l or 0) -> o / l. In float64 with the remainder, as a division has it: half a rounding of all that are
-    made, where the yardstick is as exact as the kernel."""
+    """(o, l, 1 / l or 0) -> o / l. In float64 one step with the remainder makes it as exact as a division."""
     if acc == "f32":
         return lambda x, l, y: x * y
 

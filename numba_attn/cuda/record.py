@@ -1,6 +1,6 @@
-"""What every kernel takes: the record of a call's numbers, and what of a call decides the code.
+"""What every kernel takes: the record of a call's numbers, and the features of a call that decide the code.
 
-The counterpart of cpu/call.py. Everything that a call asks for is compiled in, and nothing else.
+The counterpart of cpu/call.py. What a call needs is compiled in, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STRIDES = ("b", "h", "i", "j")
 
 @dataclass(frozen=True)
 class Features:
-    """What of a call decides the code."""
+    """The features of a call that decide the code of a kernel."""
 
     aligned: bool = True  # rows of q, k, v and the results can be read 16 bytes at a time
     softcap: bool = False

@@ -1,4 +1,4 @@
-"""Rows of q, k, v and the results on their way between global and shared memory."""
+"""Copies rows of q, k, v and the results between global and shared memory."""
 
 from __future__ import annotations
 
@@ -179,9 +179,9 @@ def bitmap_words(dim: int) -> int:
 def repairer(t: Tiling, dim: int, bad: int) -> SimpleNamespace:
     """Keeps what hidden pairs point to out of a product: 0 times NaN is NaN.
 
-    Numbers of B that are not finite become 0 in shared memory, and every row of the product that sees such a number has
-    its place marked in a bitmap at `bad`; `spoil` makes NaN of the marked places, once, at the end. So one product does
-    for all tiles, and the rare case costs the common one no registers.
+    Numbers of B that are not finite become 0 in shared memory. For every row of the product that sees such a number its
+    place is marked in a bitmap at `bad`. At the end `spoil` writes NaN to the marked places, once. So all tiles have
+    the same product, and the rare case costs the common one no registers.
     """
     rows, cols, threads, stride = t.rows, t.cols, t.threads, t.stride(dim)
     words, units, per = bitmap_words(dim), dim * t.size // VECTOR, VECTOR // t.size

@@ -1,4 +1,4 @@
-"""The one step scores -> modified -> hidden that every kernel calls: the counterpart of cpu/step.py."""
+"""The step that every kernel calls: scores are modified, then hidden. The counterpart of cpu/step.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tile import Registers
 
 
 class Given(NamedTuple):
-    """What a pair's functions are told besides its place in the tile."""
+    """What the functions of a pair receive beside its place in the tile."""
 
     call: Any
     reals: Any

@@ -1,7 +1,7 @@
-"""Register tiles: what the kernels are made of.
+"""Register tiles, which the kernels compute with.
 
-A thread's part of a tile is a UniTuple of floats, which LLVM keeps in registers: no array is ever indexed by a number
-that is not a constant, so nothing can land in local memory. Every operation is an @intrinsic that writes its unrolled
+A thread's part of a tile is a UniTuple of floats. LLVM keeps it in registers: every index is a constant, so nothing can
+land in local memory. Every operation is an @intrinsic that writes its unrolled
 code; shared memory is addressed by 32-bit offsets from the block's dynamic shared memory, with the constant parts as
 immediates of the instruction; global memory by 64-bit integers.
 

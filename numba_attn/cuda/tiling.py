@@ -249,14 +249,15 @@ def placed(sizes: dict[str, int]) -> dict[str, int]:
 # (largest head size, then threads, rows, cols, across, stages of the tilings to try in turn). Rows and columns are
 # queries and keys; in "keys" keys and queries. docs/cuda.md has what each costs.
 #
-# A large tile reads fewer bytes of shared memory for a product, which is what bounds the FMA kernels; but one warp in
-# each quarter of a multiprocessor hides nothing. So the first is taken of which WARPS warps find room in shared memory,
-# else the first that fits. Of some 60 shapes that were compiled these promise most, by the lesser of U / slowest and
-# warps a quarter x U / sum (docs/cuda.md): in float32 at head size 128 on an H100 0.53 of the peak for forward (64 x
-# 32: 0.43), 0.44 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32: 0.40).
+# Shared memory bounds the FMA kernels, and a large tile reads fewer of its bytes for a product. But a single warp in
+# each quarter of a multiprocessor cannot hide its waits. So the choice is the first tiling of which WARPS warps fit
+# into shared memory, or else the first that fits at all. Some 60 shapes were compiled, and these promise most. The
+# measure is the smaller of U / slowest and warps a quarter x U / sum (docs/cuda.md). In float32 at head size 128 on an
+# H100 it is 0.53 of the peak for forward (64 x 32: 0.43), 0.44 for queries (32 x 32: 0.38), 0.46 for keys (32 x 32:
+# 0.40).
 #
-# In half precision they are the fastest on an H200 of those, seven or more for each line, that spill nothing: mostly
-# warps of 32 rows, in blocks as small as 64 threads. docs/cuda.md has what the others took.
+# In half precision seven or more tilings for each line were timed on an H200, all without spills, and these are the
+# fastest: mostly warps of 32 rows, in blocks as small as 64 threads. docs/cuda.md has the times of the others.
 _Shape = tuple[int, int, int, int, int]
 _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
     ("forward", "half"): [
@@ -335,12 +336,13 @@ _TABLES: dict[tuple[str, str], list[tuple[int, list[_Shape]]]] = {
         (256, [(128, 16, 16, 16, 1), (64, 8, 8, 8, 2), (64, 8, 8, 8, 1)]),
     ],
 }
-# Tried first on compute capability 9: what ptxas finds registers for there, and not, by 8 to 80 bytes, elsewhere.
+# Tried first on compute capability 9, where ptxas finds enough registers for them. Elsewhere they spill 8 to 80 bytes.
 _HOPPER: dict[tuple[str, str, int], list[_Shape]] = {
     ("forward", "half", 128): [(128, 128, 64, 0, 1)],
     ("queries", "half", 64): [(64, 64, 64, 0, 1)],
 }
-# What a call asks for besides takes registers, which spill from the tiles above: these have some to spare.
+# Options (bias, masks, user functions) need registers too, and with the tiles above those would spill. These tiles
+# leave some free.
 _OPTIONS: dict[str, list[tuple[int, list[_Shape]]]] = {
     "forward": [
         (64, [(128, 128, 64, 0, 1)]),

@@ -1,7 +1,7 @@
-"""The transcendental functions that a user's score_mod may call, and their derivatives: one source for every target.
+"""The transcendental functions that a user's score_mod may call, and their derivatives: one source for all targets.
 
-Plain functions of a float, branch-free, over a few names that each target has of its own (`Names`): LLVM turns a loop
-over them into vector code on a CPU, and on a GPU no thread waits for another.
+They are plain functions of a float, without branches. They use a few functions that each target provides (`Names`).
+LLVM turns a loop over them into vector code on a CPU, and on a GPU no thread waits for another.
 """
 
 # Typed by Numba, whose stubs lack most of what is used here.
@@ -21,9 +21,9 @@ I32, I64, F32, F64 = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleTy
 
 
 class Names(NamedTuple):
-    """What the functions are made of, beside + - * / and comparisons of floats of one type."""
+    """What a target provides for the functions, beside + - * / and comparisons of floats of one type."""
 
-    inner: Callable[..., Any]  # makes a plain function one that compiled functions may call
+    inner: Callable[..., Any]  # makes a plain function callable from compiled functions
     fma: Callable[..., Any]  # a * b + c, fused where the target can
     choose: Callable[..., Any]  # choose(condition, yes, no): both sides are computed
     power_of_two: Callable[..., Any]  # 2**n as a float, from n + magic (see below): n must be a normal exponent

@@ -1,5 +1,5 @@
-"""Filling the kernel cache ahead of time: every kernel that calls of given passes and dtypes load, but for the user's
-own functions, which are compiled in each process."""
+"""Fills the kernel cache ahead of time with every kernel that calls of given passes and dtypes load. A user's own
+functions are not among them: each process compiles those."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .record import elem_of
 
 
 def kernels(passes: Sequence[str], dtypes: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """A name and what compiles or loads it, of each kernel; passes of forward, backward and jvp."""
+    """For each kernel its name and a function that compiles or loads it. passes: any of forward, backward and jvp."""
     found: dict[str, Callable[[], Any]] = {"parallel": threads.compiled}
     for name in dtypes:
         storage = np.dtype(name if name in ("float32", "float64") else np.uint16)
@@ -37,9 +37,9 @@ def kernels(passes: Sequence[str], dtypes: Sequence[str]) -> dict[str, Callable[
 def fill(
     wanted: Mapping[str, Callable[[], Any]], on_step: Callable[[str], None]
 ) -> tuple[str, list[tuple[str, float, str]]]:
-    """The cache folder, and name, seconds and "compiled" or "loaded" of each kernel.
+    """Fill the cache. Returns its folder, and for each kernel its name, seconds, and "compiled" or "loaded".
 
-    Raises RuntimeWarning where a call would warn that kernels are not kept.
+    Raises RuntimeWarning if kernels cannot be kept, of which a call would warn.
     """
     before = len(LOG)
     with warnings.catch_warnings():
@@ -48,6 +48,6 @@ def fill(
             on_step(name)
             compile_kernel()
         folder = cache_folder()
-    assert folder is not None  # else it has warned
+    assert folder is not None  # without a folder the warning above was raised
     mark_filled(folder)
     return folder, LOG[before:]

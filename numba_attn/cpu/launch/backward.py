@@ -1,4 +1,4 @@
-"""A Problem and its cotangents -> the calls of the two backward kernels, and the sums of what they leave."""
+"""From a Problem and its cotangents to calls of the two backward kernels, and the sums of what these leave."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from ...gradients import Backward, Wanted
     from ...plan import Problem
 
-# Bytes for sums of reduced gradients (bias, aux), a copy for each range of keys of each head. Larger ones have a copy
-# for each head, and the largest one in all: then a single thread takes all heads.
+# Bytes that the sums of reduced gradients (bias, aux) may take. Within them each range of keys of each head has its own
+# copy of a sum. A larger sum has one copy for each head, and the largest have one copy in all: then a single thread
+# computes all heads.
 MOST_SUMS = 2**28
-HEAD_WORK = 5e4  # what a head costs besides its products, in floating-point operations: about a microsecond
+HEAD_WORK = 5e4  # cost of a head beside its products, in floating-point operations: about a microsecond
 
 
 @cache
@@ -71,7 +72,7 @@ class Reduced(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Schedule:
-    """What sizes alone decide of a call."""
+    """The part of a call that its sizes alone decide."""
 
     record: Record
     heads: int  # sequences times key heads
@@ -118,7 +119,7 @@ class _Sums:
     copies are added in order."""
 
     def __init__(self, record: Record, problem: Problem, given: Backward, wanted: Wanted, heads: int) -> None:
-        """Made of zeros, and written into the record; heads: as in _Schedule."""
+        """Allocate zeros, and write their addresses into the record. heads: as in _Schedule."""
         self.asked, self.aux = given.asked, problem.aux
         self.whole_bias = wanted.bias_shape == (*problem.q.shape[:3], problem.kv_len)  # no sum: a number for each pair
         summed = [a.shape for a, asked in zip(problem.aux, self.asked, strict=False) if asked]
@@ -206,7 +207,7 @@ def backward(problem: Problem, given: Backward, wanted: Wanted) -> Reduced:
 
     n_threads = 1 if schedule.work <= SERIAL_FLOPS or (sums.any and sums.units == 1) else threads.usable()
     one_by_one = 0 if n_threads == 1 or (sums.any and sums.units == heads) else min(n_threads, heads)
-    if heads >= n_threads:  # each thread has a head anyway: dealing out the last ones must not take much memory
+    if heads >= n_threads:  # each thread has a whole head: to share the last heads must not take much memory
         one_by_one = min(one_by_one, MOST_SUMS // (RANGES * schedule.head_size * np.dtype(acc).itemsize + 1))
     partial: np.ndarray = np.empty((one_by_one * RANGES, schedule.head_size), acc)
     done = np.zeros(one_by_one, np.int64)

@@ -1,4 +1,4 @@
-"""A Problem -> one call of the forward kernel: chooses tiles and threads, allocates nothing the size of the inputs."""
+"""From a Problem to one call of the forward kernel. It chooses tiles and threads, and allocates little."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What sizes alone decide of a call: how its work is cut, and who does it."""
+    """The part of a call that its sizes alone decide: how its work is cut, and the kernels and threads that do it."""
 
     elem: str
     halves: bool  # float16 and bfloat16 enter the kernel as uint16
@@ -65,7 +65,7 @@ class Launch:
     fill: bool  # some query is in no sequence
 
     def filled_in(self, problem: Problem) -> Record:
-        """The record of a problem, but for the arrays that `run` adds."""
+        """The record of a problem, without the arrays that `run` adds."""
         return describe(problem, self.sized)
 
     def run(
@@ -105,8 +105,8 @@ _Q, _K, _V, _OUT, _LSE, _QB, _KB, _VB, _OB, _LB, _COUNTER, _MEMORY = _FIXED.valu
 
 
 def _entry(q, k, v, out, lse, template, call, drain):
-    """Copy the template, add addresses and strides, and run the worker here if drain is not 0; the address of the
-    record."""
+    """Copy the template, add addresses and strides, and run the worker in this thread if drain is not 0. Returns the
+    address of the record."""
     for x in range(N_FIELDS):
         call[x] = template[x]
     call[_Q], call[_K], call[_V], call[_OUT] = q.ctypes.data, k.ctypes.data, v.ctypes.data, out.ctypes.data
@@ -177,8 +177,8 @@ def _prepared(sequences: np.ndarray, sizes: Sizes, copies: bool, bias: bool) -> 
 
 @kept
 def _tiling(q_lens: np.ndarray, sizes: Sizes, copies: bool, bias: bool) -> Tiling:
-    """The part of a launch that does not depend on the lengths of the keys, which grow from call to call where a
-    text is written."""
+    """The part of a launch that does not depend on the numbers of keys. Those grow from call to call while a model
+    writes a text."""
     batch, _, q_len, qk_dim = sizes.q
     _, kv_heads, kv_len, _ = sizes.k
     elem, rows = elem_of(sizes.dtype), tile_width(elem_of(sizes.dtype), sizes.left, sizes.right)

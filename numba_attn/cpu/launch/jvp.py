@@ -1,4 +1,4 @@
-"""A Problem and its tangents -> a call of the tangent kernel."""
+"""From a Problem and its tangents to a call of the tangent kernel."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Results(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Schedule:
-    """What sizes alone decide of a call."""
+    """The part of a call that its sizes alone decide."""
 
     record: Record
     n_items: int
@@ -123,7 +123,7 @@ def _add_arrays(record: Record, problem: Problem, dots: Tangents, results: Resul
 
 
 def _add_tangents(record: Record, problem: Problem, dots: Tangents, elem: str) -> None:
-    """The tangents of what changes scores."""
+    """The tangents of bias, sinks, slopes and aux."""
     if dots.bias is not None:
         record.set_array("bias_dot", dots.bias)
         record["bias_dot_storage"] = storage_of(dots.bias.dtype)

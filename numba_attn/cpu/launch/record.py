@@ -1,4 +1,4 @@
-"""What every launch is made of: the CALL record filled from a Problem, the width of a tile, and threads to drain the
+"""What all launches share: filling the CALL record from a Problem, the width of a tile, and the threads that drain the
 record's work items."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...plan import Problem
 
 N_FIELDS = CALL.itemsize // 8
-CALL_EXTRA = 10  # two counters behind the record, and what it takes to align the scratch memory behind them
+CALL_EXTRA = 10  # bytes behind the record: two counters, and padding that aligns the scratch memory behind them
 INDEX = {name: n for n, name in enumerate(CALL.names or ())}
 _FIRST_STRIDE = {name.removesuffix("_b"): n for name, n in INDEX.items() if name.endswith("_b")}
 _SCRATCH = INDEX["scratch"]
@@ -35,7 +35,7 @@ SERIAL_FLOPS = 2e6
 
 
 class Fields:
-    """Fields of integers that are written together: ten times as fast as one by one."""
+    """Integer fields that are written together, which takes a tenth of the time of one by one."""
 
     __slots__ = ("at", "values")
 
@@ -47,7 +47,7 @@ class Fields:
 class Record:
     """The CALL record of one call, filled by the names of its fields, and what its addresses point to.
 
-    It is an array of int64, and the same bytes as float64: a field of a NumPy record takes six times as long to write.
+    It is one array seen as int64 and as float64. Writing a field of a NumPy record would take six times as long.
     """
 
     __slots__ = ("keep", "numbers", "reals")
@@ -76,11 +76,11 @@ class Record:
             numbers[at] = stride
 
 
-_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)  # a call through it releases the GIL
+_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)  # ctypes releases the GIL while it calls
 
 
 def run_drain(record: Record, drain: int, n_items: int, n_threads: int) -> None:
-    """Have the work items of a whole record drained; releases the GIL."""
+    """Have all work items of a record done. Releases the GIL."""
     n = max(1, min(n_threads, n_items))
     counters, memory = np.zeros(2, np.int64), np.empty(n * int(record.numbers[_SCRATCH]) + 64, np.uint8)
     record["counter"], record["memory"] = counters.ctypes.data, (memory.ctypes.data + 63) & ~63
@@ -101,8 +101,9 @@ WIDTH_SPEED = (0.88, 0.98, 1.0)
 
 
 def tile_width(elem: str, left: int, right: int) -> int:
-    """Queries a tile. A tile of n queries computes window + n - 1 keys, rounded to eights, so a short window wants
-    narrow tiles. A function of the window alone: the bits of dk and dv depend on it, those of a row of out do not."""
+    """The number of queries of a tile. A tile of n queries computes window + n - 1 keys, rounded up to a multiple of 8,
+    so narrow tiles are better for a short window. It depends on the window alone, since the bits of dk and dv depend on
+    it; those of a row of out do not."""
     widest = tile_rows(elem)
     window = left + right + 1
     if window >= OPEN or ROW.nr != len(WIDTH_SPEED):
@@ -123,7 +124,7 @@ def elem_of(dtype: np.dtype[Any]) -> str:
 
 
 def longest_first(sequences: np.ndarray) -> np.ndarray:
-    """The sequences in the order in which they are dealt out: where their sizes differ, those with most work first."""
+    """The sequences in the order in which threads take them: those with most work first, if their sizes differ."""
     if len(sequences) > 1:
         q_lens, k_lens = sequences[:, Q_LEN], sequences[:, K_LEN]
         if (q_lens != q_lens[0]).any() or (k_lens != k_lens[0]).any():
@@ -143,7 +144,7 @@ def is_half(dtype: np.dtype[Any]) -> bool:
 
 
 class Sizes(NamedTuple):
-    """What says, with the sequences, how a call is cut into work items."""
+    """What decides, together with the sequences, how a call is cut into work items."""
 
     dtype: np.dtype[Any]
     q: tuple[int, ...]
@@ -165,11 +166,11 @@ def sizes_of(problem: Problem) -> Sizes:
 
 
 _Made = TypeVar("_Made")
-_MOST_BYTES = 2**13  # of a key: larger arrays would fill the memory, and take as long to compare as to work with
+_MOST_BYTES = 2**13  # bytes of a key: larger ones fill the memory and take long to compare
 
 
 def kept(make: Callable[..., _Made]) -> Callable[..., _Made]:
-    """make(int64 array, *key) with its results kept under the numbers of the array and the key."""
+    """make(int64 array, *key), whose results are kept in a dictionary by the array's numbers and the key."""
 
     @lru_cache(512)
     def looked_up(numbers: bytes, shape: tuple[int, ...], *key: Any) -> _Made:
@@ -185,7 +186,7 @@ def kept(make: Callable[..., _Made]) -> Callable[..., _Made]:
 
 
 def sized(sequences: np.ndarray, sizes: Sizes) -> Record:
-    """A record with what sizes decide; the sequences stand in the order in which they are dealt out."""
+    """A record with what sizes decide. The sequences stand in the order in which threads take them."""
     record = Record()
     assert sequences.shape[1] == len(SEQUENCE_FIELDS)
     record.points_to("sequences", sequences)
@@ -198,9 +199,9 @@ def sized(sequences: np.ndarray, sizes: Sizes) -> Record:
 
 
 def describe(problem: Problem, sized: Record, score_kind: str = "score") -> Record:
-    """The CALL record with what the problem says of scores and masks, which is the same for every kernel.
+    """A CALL record with what the problem says of scores and masks. It is the same for every kernel.
 
-    sized: what sizes alone decide of it.
+    sized: a record with what sizes alone decide. It is copied.
     """
     record, elem = Record(sized), elem_of(problem.dtype)
     record["has_prefix"] = problem.has_prefix

@@ -1,10 +1,10 @@
-"""Arrays that are on a GPU already: what the kernels need to know of torch, CuPy, JAX and Numba arrays, and results of
-the caller's kind.
+"""Arrays of torch, CuPy, JAX and Numba that are on a GPU already: what the kernels need to know of them, and results as
+arrays of the same library.
 
-No array library is imported. An input is read through DLPack, which tells dtype, device and order of work; where an
-object has none, as Numba's arrays, through __cuda_array_interface__. (A tensor of torch of which nothing is special is
-asked itself, in a small part of the time that its capsule takes.) A result is memory of ours that the caller's library
-wraps through the same protocols, with the library found in sys.modules, since the caller has imported it.
+No array library is imported. An input is read through DLPack, which gives dtype, device and the order of work, or
+through __cuda_array_interface__ if the object has no DLPack, as Numba's arrays. (An ordinary torch tensor is read
+through its own attributes, which takes a small part of the time of its capsule.) A result is memory of this package.
+The caller's library, which is found in sys.modules, wraps it through the same protocols.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def is_device_array(x: Any) -> bool:
     if where is not None:
         try:
             return int(where(x)[0]) in (CUDA, CUDA_MANAGED)
-        except Exception:  # a device that DLPack has no name for, an array on many devices
+        except Exception:  # a device that DLPack does not name, or an array on several devices
             return False
     # Looked up on the type: as an attribute of some arrays it waits for the device.
     return hasattr(kind, "__cuda_array_interface__")
@@ -101,8 +101,8 @@ _DTYPES: dict[tuple[int, int, int], np.dtype[Any]] = {
 
 
 def bfloat16() -> np.dtype[Any]:
-    """bfloat16 of ml_dtypes. A process that has only torch may lack that package: then a stand-in with the same name
-    and size, which is all that this package asks of it; NumPy takes it for two bytes without a meaning."""
+    """bfloat16 of ml_dtypes. A process that has torch alone may lack that package. Then it is a stand-in with the same
+    name and size, which is all that this package needs. For NumPy it is two bytes without a meaning."""
     key = (_BFLOAT, 16, 1)
     if key not in _DTYPES:
         try:
@@ -124,8 +124,8 @@ class _Tensor(NamedTuple):
 
 
 def _read_capsule(capsule: Any, name: str) -> _Tensor:
-    """What a capsule describes, valid while the capsule lives. It is not renamed, so it still owns its memory, and
-    releases it through its own destructor when it dies: exactly once, in the exporter's code."""
+    """What a capsule describes, valid while the capsule lives. The capsule is not renamed, so it still owns its memory.
+    Its own destructor, which is code of the exporter, releases the memory exactly once."""
     read_only = False
     if _is_valid(capsule, b"dltensor_versioned"):
         at = _get_pointer(capsule, b"dltensor_versioned")
@@ -215,8 +215,8 @@ _TENSOR_DTYPES: dict[Any, np.dtype[Any]] = {}
 
 
 def _from_tensor(x: Any, stream: int, current: int | None) -> Input | None:
-    """What a tensor of torch says of itself, which is what its capsule would say; None where it has more to say: it
-    requires grad, is lazily conjugate or negative, has another layout or no memory (inside vmap)."""
+    """What the capsule of a torch tensor would say, from the tensor's own attributes. None if that is not enough: it
+    requires grad, is lazily conjugate or negative, has another layout, or has no memory (inside vmap)."""
     torch = sys.modules["torch"]
     if not _TENSOR_DTYPES:
         _TENSOR_DTYPES.update((getattr(torch, d.name), d) for d in _DTYPES.values() if hasattr(torch, d.name))
@@ -375,9 +375,9 @@ def _and(names: list[str]) -> str:
 
 
 def hold(inputs: Mapping[str, Input]) -> None:
-    """To be called after the last launch that reads them: keeps alive what its owner might use for something else
-    while the kernel still runs. torch and CuPy reuse memory in the order of their current stream, and ours is freed in
-    the order of its own, so nothing is held where that is the call's; JAX and the rest know nothing of ours."""
+    """Call it after the last launch that reads them. It keeps alive arrays whose memory the owner could reuse while the
+    kernel still runs. torch and CuPy reuse memory in the order of their current stream, and this package frees its own
+    in the order of its stream: if that is the call's stream, nothing is held. JAX and others do not know the stream."""
     if not inputs:
         return
     first = next(iter(inputs.values()))
@@ -471,7 +471,7 @@ class DeviceArray:
 
 
 class _Pretend:
-    """What NumPy needs to make an array of memory that it must never touch."""
+    """What NumPy needs to make an array over memory that it must never read or write."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -485,8 +485,8 @@ class _Pretend:
 
 
 def shadow(array: Input | DeviceArray) -> Array:
-    """A NumPy array with the address, shape, strides and dtype of one on a device, which keeps that alive. To look at
-    an element of it would be a crash."""
+    """A NumPy array with the address, shape, strides and dtype of an array on a device, which it keeps alive. To read
+    an element of it crashes the process."""
     found = np.asarray(_Pretend(array))
     return found.view(array.dtype) if array.dtype.kind == "V" else found
 
@@ -525,9 +525,9 @@ def hand_over(array: DeviceArray, kind: str) -> Any:
     """
     library = sys.modules.get("numba.cuda" if kind == "numba" else kind) if kind else None
     memory = array.memory
-    # Memory is freed in the order of its stream. JAX's streams are its own affair; of Numba's arrays and ours nobody
-    # tells where they are used, which only the legacy default stream waits for; a thread's default stream, 2, is
-    # another one in another thread.
+    # Memory is freed in the order of its stream. JAX does not show its streams. Nobody tells on which stream arrays of
+    # Numba and of this package are used, and only the legacy default stream waits for all. A thread's default stream,
+    # 2, is another stream in another thread.
     memory.settle = kind == "jax" or int(memory.stream) not in (0, 1)
     if library is None:
         return array

@@ -1,4 +1,4 @@
-"""One problem on one device: what the CUDA kernels take of it, its arrays there, and the launch of a kernel."""
+"""One problem on one device: the numbers that CUDA kernels take, its arrays there, and the launch of a kernel."""
 
 from __future__ import annotations
 

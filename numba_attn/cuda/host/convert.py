@@ -1,7 +1,7 @@
-"""Copies on the device: an array of any strides as one in C order, in another float type if need be.
+"""Copies an array of any strides to C order on the device, and to another float type where needed.
 
-For what is done on the host where arrays are NumPy's: sinks and slopes in the accumulation type, arrays of aux in
-float32, results that the caller may write over.
+NumPy does the same on the host. The copies are sinks and slopes in the accumulation type, arrays of aux in float32, and
+results that the caller may write over.
 """
 
 from __future__ import annotations

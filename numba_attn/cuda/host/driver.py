@@ -1,11 +1,11 @@
-"""One CUDA device, through NVIDIA's driver: PTX in, launches, memory, copies.
+"""One CUDA device, through NVIDIA's driver: loads PTX, launches kernels, has memory and copies.
 
-Kernels are compiled to PTX elsewhere and loaded here, past numba-cuda's dispatcher: the PTX that the tests ran in the
-emulator is the PTX that the device runs, and a launch costs microseconds. Everything of cuda.bindings that the package
-uses is in this file; it is imported when a device is first asked for, so that this module imports anywhere.
+Kernels are compiled to PTX elsewhere and loaded here, without numba-cuda's dispatcher. So the device runs the same PTX
+that the tests ran in the emulator, and a launch costs microseconds. Everything that the package uses of cuda.bindings
+is in this file. It is imported when a device is first asked for, so that this module can be imported anywhere.
 
-All calls use the device's primary context, which torch, CuPy, JAX and Numba use too, so that their arrays and streams
-are valid here; the context that was current before a call is current after it. All functions may be called from many
+All calls use the device's primary context. torch, CuPy, JAX and Numba use it too, so their arrays and streams are valid
+here. The context that was current before a call is current after it. All functions may be called from many
 threads. A stream is a CUstream handle as an int, 0 for the legacy default stream.
 
 The tests have no device: `use` puts another object, with the methods of `Device`, in its place.
@@ -39,7 +39,7 @@ DEFAULT_SHARED = 48 * 1024  # bytes of shared memory per block, static and dynam
 MAX_GRID = 2**31 - 1
 MAX_THREADS = 1024
 
-# What our memory pool keeps for the next call instead of giving it back to the system at the next synchronisation.
+# Bytes that our memory pool keeps for the next call. The rest goes back to the system at the next synchronisation.
 POOL_KEEPS = 1 << 30
 
 # Arrays of so many pieces of this size are copied on the host first, so that `upload` need not wait for the stream.
@@ -367,8 +367,9 @@ class Device:
     # -------------------------------------------------- memory
 
     def _make_pool(self) -> Any:
-        """A pool of our own, since the device's default one gives everything back whenever a stream is synchronised,
-        as a call with NumPy arrays ends, and other libraries own that setting. None where it is refused."""
+        """A memory pool of our own. The device's default pool gives everything back whenever a stream is synchronised,
+        which happens at the end of each call with NumPy arrays, and that setting belongs to all libraries. None if the
+        driver refuses."""
         cu = self._cu
         props = cu.CUmemPoolProps()
         props.allocType = cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -484,8 +485,8 @@ class Device:
         self._let_go()
 
     def refuse_capture(self, stream: int) -> None:
-        """RuntimeError while the stream is being captured into a graph: every call has a few numbers of its own on the
-        device, copied from host memory that is gone when the graph is replayed."""
+        """Raise RuntimeError while the stream is captured into a graph. Every call copies a few numbers from host
+        memory to the device, and that memory is gone when the graph is replayed."""
         cu = self._cu
         status = self._call("asking whether a stream is captured", cu.cuStreamIsCapturing, stream)
         if status != cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
@@ -524,10 +525,10 @@ class Device:
         self._call("ordering two streams", self._cu.cuStreamWaitEvent, stream, mark.event, 0)
 
     def passed(self, mark: Mark) -> bool:
-        """Whether what is marked is done; False where that can't be asked now.
+        """Whether what is marked is done; False if that cannot be asked now.
 
-        While another thread captures a graph (torch.cuda.graph) the query would be an error here, and the end of that
-        capture, if this thread did not say that it knows what it does."""
+        While another thread captures a graph (torch.cuda.graph), the query is an error, and it would break off that
+        capture if this thread did not allow it before."""
         cu = self._cu
         error, mode = cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         try:
@@ -561,8 +562,8 @@ class Device:
         return float(milliseconds) / 1e3
 
     def _let_go(self) -> None:
-        # A deque's ends are safe to use from many threads, and from a finaliser that runs inside this very function,
-        # where a lock would not be.
+        # The ends of a deque are safe to use from many threads, and from a finaliser that runs inside this very
+        # function. A lock would not be.
         while self._held:
             try:
                 mark, thing = self._held.popleft()

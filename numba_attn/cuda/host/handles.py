@@ -1,4 +1,4 @@
-"""What a device hands out: kernels, memory, marks in a stream."""
+"""What a device hands out: kernels, memory, and marks in a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Problem -> the kernels' calls on a device: the counterpart of cpu/launch/."""
+"""From a Problem to launches of kernels on a device: the counterpart of cpu/launch/."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ TOGETHER = 128  # the largest head size at which a thread has registers for dK a
 
 # --- sums over pairs --------------------------------------------------------------------------------------------------
 
-BLOCKS = 1024  # what a sum is dealt to at most: some waves of the largest device
+BLOCKS = 1024  # blocks that share a sum, at most: a few waves of the largest device
 
 
 def _bias_sums(call: Call, f: Features, shape: tuple[int, ...]) -> Result:

@@ -1,8 +1,8 @@
-"""Calls whose arrays are on a GPU already: nothing of their size is copied, nothing waits, and the results are arrays
+"""Calls whose arrays are on a GPU already. Nothing of their size is copied, nothing waits, and the results are arrays
 of the caller's library.
 
-`plan` decides by dtype, shape, strides and address, so that it is given shadows (arrays.shadow), which nobody may read.
-What it would convert, it finds converted.
+`plan` reads dtype, shape, strides and address alone. So it receives shadows (arrays.shadow), whose elements nobody may
+read. Arrays that `plan` would convert are converted on the device before.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ def attention(q: Any, k: Any, v: Any, given_options: Mapping[str, Any], return_l
 
 @dataclass
 class _Plain:
-    """What a call needs besides addresses if it reads no arrays but q, k and v, and for gradients out, lse, dout and
-    dlse."""
+    """What a call needs beside addresses, if it reads q, k and v alone (for gradients also out, lse, dout and dlse)."""
 
     prepared: Any
     results: list[tuple[str, tuple[int, ...], np.dtype[Any]]]  # names, shapes and dtypes
@@ -195,8 +194,9 @@ def _is_plain(options: dict[str, Any]) -> bool:
 def _like_before(
     given: dict[str, Any], options: dict[str, Any], plain: bool, stream: Any, *more: Any
 ) -> tuple[Any, Any, _Plain | None]:
-    """The arrays as `arrays.describe_all` has them; what calls have in common that are like this one, if others may be;
-    and what the first of them has prepared. None for the arrays where it reads more than these."""
+    """The arrays as `arrays.describe_all` gives them, the key that calls like this one share, and what the first such
+    call has prepared. The arrays are None if the call reads more arrays than these, and the key if no other can be
+    alike."""
     if not plain or not _is_plain(options) or not all(map(arrays.is_device_array, given.values())):
         return None, None, None
     found = arrays.describe_all(given, stream)
@@ -211,7 +211,7 @@ def _like_before(
 
 
 def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
-    """For the calls that are like this one; in place of those that nobody has made for longest."""
+    """Keep it for calls like this one, in place of the ones that were not used for the longest time."""
     plain = _Plain(prepared, [(name, x.shape, x.dtype) for name, x in results.items() if x is not None])
     gone = []  # what dies does so outside of the lock
     with _lock:
@@ -222,7 +222,7 @@ def _keep(key: Any, prepared: Any, **results: DeviceArray | None) -> None:
 
 
 def _key(found: dict[str, Input], options: dict[str, Any], *more: Any) -> Any:
-    """What two calls have in common that differ in addresses alone; None where a setting is no plain number."""
+    """A key that is equal for two calls that differ in addresses alone. None if a setting is no plain number."""
     from ..code import VECTOR  # when it is known that there is a device
 
     device = driver.current(found["q"].device)
@@ -269,8 +269,8 @@ def _is_empty(aux_grad: Any) -> bool:
 
 
 def _copies(out: Array, lse: Any, return_lse: bool, device: Any, stream: int) -> tuple[DeviceArray, DeviceArray]:
-    """out, which the caller has, and lse, which he may have, once more. They live as long as the pullback, and a stream
-    of which there is but a handle may be gone by then."""
+    """Copies of out and lse, since the caller may change his own. They live as long as the pullback. By then a stream
+    may be gone of which only the handle is known."""
     from .convert import converted
 
     kept = (

@@ -16,9 +16,10 @@ class Prepared:
     """The launches of a call of `attention` or `attention_backward`, for others that differ from it in addresses
     alone, on any stream.
 
-    The call's numbers on the device become the device's own stream's, on which they are freed some day: it is told of
-    all launches that read them, by marks of their streams, when this object dies; for a stream that may be gone then,
-    at once. So the host does not wait, but on devices that free nothing in the order of a stream.
+    The call's numbers on the device belong to the device's own stream, and they are freed in its order. When this
+    object dies, that stream is made to wait for all launches that read them, through marks of their streams. For a
+    stream that may be gone by then it waits at once. So the host waits only for devices that free nothing in the order
+    of a stream.
     """
 
     ARRAYS = ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")

@@ -7,9 +7,9 @@ import re
 
 
 def older_version(ptx: str, log: str) -> str | None:
-    """The PTX with the newest version that an assembler says it knows, where the version is what it refused. It is that
-    of the compiler, which another package's pins may leave newer than the assembler, and not what the code needs: our
-    kernels are of PTX 7.8."""
+    """The PTX with the newest version that an assembler says it knows, if it refused the version. That version is the
+    compiler's, not what the code needs: our kernels need PTX 7.8. The pins of another package may leave the compiler
+    newer than the assembler."""
     said = re.search(r"Unsupported \.version [\d.]+; current version is '(\d+\.\d+)'", log)
     if said is None:
         return None

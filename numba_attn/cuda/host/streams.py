@@ -1,4 +1,4 @@
-"""Streams: the handle of what a caller calls one."""
+"""Streams: the handle of any object that a caller gives as a stream."""
 
 from __future__ import annotations
 
