@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from naive import geometry, rounding, sink_scores, visible
-from tracked import modified, tangent
+from tracked import modified, reads, tangent
 
 from numba_attn import plan, reference
 
@@ -318,7 +318,7 @@ class Rows(NamedTuple):
 def backward(
     p: plan.Problem, dout: np.ndarray, dlse: np.ndarray | None, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Size]:
-    """How far off dq, dk, dv, and dbias, dsinks and dalibi_slopes of the given shapes, may be.
+    """How far off dq, dk, dv, and dbias, dsinks, dalibi_slopes, daux0, ... of the given shapes, may be.
 
     dout is (B, Hq, Sq, Dv) and dlse (B, Hq, Sq).
     """
@@ -382,6 +382,10 @@ def backward(
         add("dalibi_slopes", *(x.reshape(shapes["dalibi_slopes"]) for x in size))
     if "dsinks" in shapes:
         found["dsinks"] = of_sinks(p, f, rows, delta)
+    for n, array in enumerate(p.aux):
+        if f"daux{n}" in shapes:
+            squares, certain = of_aux(p, x, final, rows, n)
+            add(f"daux{n}", squares.reshape(array.shape), certain.reshape(array.shape))
     return found
 
 
@@ -404,6 +408,39 @@ def of_sinks(p: plan.Problem, f: Forward, rows: Rows, delta: np.ndarray) -> Size
     squares = term**2 * (rows.lse.squares + below**2 + EXP2**2) + f.sink**2 * rows.delta.squares
     squares = squares.sum((0, 2, 3)) + chain_of_terms(f.sink * delta, (0, 2, 3)).reshape(-1)
     return Size(squares, (term * rows.lse.certain + f.sink * rows.delta.certain).sum((0, 2, 3)))
+
+
+def of_aux(p: plan.Problem, x: Scores, final: Weighed, rows: Rows, n: int) -> Size:
+    """The sum over pairs of ds times the derivative of score_mod by each element of aux[n], which are in a row."""
+    assert x.before is not None
+    size, found = p.aux[n].size, list(reads(p, x.before.s, n))
+    squares, certain, total, count = (np.zeros(size) for _ in range(4))
+    for read in found:
+        seen = np.isfinite(x.s) & (read.element >= 0)
+        at = np.nonzero(seen)
+        element, ds, by = read.element[at], final.ds[at], read.value[at]
+        # Pairs of a row that read one element: what the row shares meets their sum.
+        row = np.ravel_multi_index(at[:3], seen.shape[:3])
+        places, place = np.unique(row * size + element, return_inverse=True)
+        row, to = places // size, places % size
+
+        def summed_up(values: np.ndarray, place: np.ndarray = place) -> np.ndarray:
+            return np.bincount(place, values)
+
+        before, bend = (x.before.squares + x.before.shared)[at], read.bend[at]
+        own = by**2 * (final.squares[at] + ds**2) + ds**2 * (read.squares[at] + bend**2 * before)
+        own = summed_up(own) + summed_up(np.abs(ds * by)) * summed_up(np.abs(by) * ratio(final.shared[at], ds))
+        by_delta, by_lse = np.abs(summed_up(final.by_delta[at] * by)), np.abs(summed_up(ds * by))
+        delta, lse = ((size.squares.reshape(-1)[row], size.certain.reshape(-1)[row]) for size in rows)
+        own += delta[0] * by_delta**2 + lse[0] * by_lse**2
+        sure = summed_up(np.abs(by) * final.certain[at] + np.abs(ds * bend) * x.before.certain[at])
+        squares += np.bincount(to, own, size)
+        certain += np.bincount(to, sure + delta[1] * by_delta + lse[1] * by_lse, size)
+        total += np.bincount(element, np.abs(ds * by), size)
+        count += np.bincount(element, minlength=size)
+    # A pair's reads of one element share the roundings of the pair. The sum is one of float64, in any order.
+    squares = max(1, len(found)) * squares + (count * total**2 if p.acc is np.float64 else 0.0)
+    return Size(squares, certain)
 
 
 def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:

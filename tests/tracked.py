@@ -1,7 +1,8 @@
 """Numbers that keep account of their roundings: what a user's scalar function makes of an error, and adds to it."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -76,6 +77,9 @@ class Tracked:
     def __abs__(self) -> "Tracked":
         sign = np.sign(self.value)
         return Tracked(sign * self.value, sign * self.slope, sign * self.bend, self.squares, self.slope_squares)
+
+    def __int__(self) -> int:
+        return int(self.value)
 
     def __lt__(self, other: Any) -> Any:
         return self.value < tracked(other).value
@@ -171,19 +175,84 @@ def tangent(p: plan.Problem, s: np.ndarray, s_dot: np.ndarray, aux_dot: tuple[np
     return Tangent(x.slope, bend, x.slope_squares + (bend * s) ** 2)
 
 
-def everywhere(p: plan.Problem, s: Tracked, aux: tuple[Any, ...]) -> Tracked:
-    """score_mod of every score: of all at once, or one by one where the function has branches."""
+class Read(NamedTuple):
+    """One read of an array of aux by score_mod, at every pair: the first read, the second, ..."""
+
+    element: np.ndarray  # the flat index of what is read, -1 where the function does not read so often
+    value: np.ndarray  # the derivative of score_mod by it
+    bend: np.ndarray  # the derivative of that by the score
+    squares: np.ndarray  # of the function's own roundings
+
+
+def reads(p: plan.Problem, s: np.ndarray, n: int) -> Iterator[Read]:
+    """The reads of aux[n], by the score that goes into score_mod."""
+    step = 1e-4 * (1 + np.abs(s))
+    for asked in itertools.count():
+        tables = [Seeded(p.aux[n], asked) for _ in range(2)]
+        x, y = (
+            everywhere(p, Tracked(z, np.zeros_like(z)), (*p.aux[:n], table, *p.aux[n + 1 :]), table)
+            for z, table in zip((s, s + step), tables, strict=True)
+        )
+        element = tables[0].element
+        if np.all(element < 0):
+            return
+        bend = np.where(tables[1].element == element, (y.slope - x.slope) / step, 0.0)
+        yield Read(element, x.slope, bend, x.slope_squares + (bend * s) ** 2)
+
+
+class Seeded:
+    """An array of aux, of whose reads one has the tangent 1: that of the number `asked`."""
+
+    def __init__(self, x: np.ndarray, asked: int) -> None:
+        self.x, self.asked, self.flat = x, asked, np.arange(x.size).reshape(x.shape)
+        self.begin()
+
+    def begin(self) -> None:
+        self.count, self.element = 0, np.array(-1)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.rows(at if isinstance(at, tuple) else (at,))
+
+    def rows(self, at: tuple[Any, ...]) -> Any:
+        if len(at) < self.x.ndim:
+            return SeededRows(self, at)
+        asked = self.count == self.asked
+        if asked:
+            self.element = self.flat[at]
+        self.count += 1
+        return Tracked(self.x[at].astype(np.float64), float(asked))
+
+
+class SeededRows(NamedTuple):
+    of: Seeded
+    before: tuple[Any, ...]
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.of.rows((*self.before, *(at if isinstance(at, tuple) else (at,))))
+
+
+FIELDS = ("value", "slope", "bend", "squares", "slope_squares")
+
+
+def everywhere(p: plan.Problem, s: Tracked, aux: tuple[Any, ...], seeded: Seeded | None = None) -> Tracked:
+    """score_mod of every score: of all at once, or one by one where the function has branches. What was read of
+    `seeded` is in its `element` then."""
     fn, shape = with_math(p.score_mod, MATH), s.value.shape
     try:
         x = fn(s, *np.ogrid[tuple(map(slice, shape))], *aux)
     except ValueError:  # the truth of an array
         x = None
     if not isinstance(x, Tracked):
-        found = np.empty((5, *shape))
+        found, element = np.empty((5, *shape)), np.full(shape, -1)
         for at in np.ndindex(shape):
+            if seeded is not None:
+                seeded.begin()
             one = tracked(fn(Tracked(s.value[at], s.slope[at]), *at, *aux))
             found[(slice(None), *at)] = one.value, one.slope, one.bend, one.squares, one.slope_squares
+            element[at] = -1 if seeded is None else seeded.element
         x = Tracked(*found)
-    return Tracked(
-        *(np.broadcast_to(getattr(x, name), shape) for name in ("value", "slope", "bend", "squares", "slope_squares"))
-    )
+        if seeded is not None:
+            seeded.element = element
+    if seeded is not None:
+        seeded.element = np.broadcast_to(seeded.element, shape)
+    return Tracked(*(np.broadcast_to(getattr(x, name), shape) for name in FIELDS))

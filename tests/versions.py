@@ -2,7 +2,7 @@
 
     python tests/versions.py                 each minor, all quick tests of the CPU: the whole matrix
     python tests/versions.py --ends --part sample        what .ci/run does: the oldest and the newest, a sample
-    python tests/versions.py --numba 0.62,0.66 --part kernels
+    python tests/versions.py --numba 0.62,0.66 --part kernels --jobs 2
 
 The oldest Numba runs with the oldest NumPy, and so does the newest once more; the others run with the newest NumPy that
 they accept. Needs pip and an index; nothing but the standard library besides. Exit status 1 if anything fails.
@@ -21,6 +21,7 @@ import tempfile
 import time
 import tomllib
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,12 +105,18 @@ def run(numba: str, numpy: str | None, part: str, folder: Path) -> dict[str, str
     return row | {"seconds": f"{time.perf_counter() - start:.0f}"}
 
 
+def run_row(numba: str, numpy: str | None, part: str) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="numba-attn-") as folder:
+        return run(numba, numpy, part, Path(folder))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, default="quick", help="which tests (default: quick)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--ends", action="store_true", help="the oldest and the newest Numba alone")
     chosen.add_argument("--numba", metavar="0.61,0.68", help="these minor versions alone")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once (default: %(default)s)")
     args = parser.parse_args()
     minors = admitted_minors()
     if args.numba:
@@ -125,11 +132,10 @@ def main() -> int:
     line = "{numba:<10}{numpy:<10}{passed:>8}{failed:>18}{skipped:>9}{seconds:>9}"
     print(line.format_map({name: name for name in re.findall(r"\w+(?=:)", line)}), flush=True)
     failed = False
-    for numba, numpy in rows:
-        with tempfile.TemporaryDirectory(prefix="numba-attn-") as folder:
-            row = run(numba, numpy, args.part, Path(folder))
-        print(line.format_map(row), flush=True)
-        failed |= row["failed"] != "0"
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda versions: run_row(*versions, args.part), rows):
+            print(line.format_map(row), flush=True)
+            failed |= row["failed"] != "0"
     return int(failed)
 
 
