@@ -280,6 +280,7 @@ add(
     kv_len=203,
 )
 add("prefix-tl", "prefix-LM", lambda rng, c: {"mask": na.prefix(7, align="top_left")}, q_len=203, kv_len=63)
+add("prefix-align", "prefix-LM over a cache", both(given(align=50), lambda rng, c: {"mask": na.prefix(60)}), q_len=111)
 add("prefix-zero", "a prefix of 0 is causal", lambda rng, c: {"mask": na.prefix(0)}, q_len=111)
 add("prefix-all", "a prefix of Sk is full", lambda rng, c: {"mask": na.prefix(111)}, q_len=111)
 add("prefix-window", "both apply", lambda rng, c: {"mask": na.prefix(30) & na.window(10, 2)}, q_len=111)

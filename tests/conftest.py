@@ -19,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     n = config.getoption("--share")
+    if n < 1:
+        raise pytest.UsageError(f"--share is {n}; it takes a whole number of at least 1")
     items[:] = items[seeds.SHIFT % n :: n]
     if not config.getoption("--ladder"):
         hours = pytest.mark.skip(reason="takes long in the emulator: --ladder")

@@ -27,6 +27,11 @@ _ALIGN_TAKES = (
 )
 
 
+def count_tiles(q_lens: Array, rows: int, group: int) -> Array:
+    """Tiles of the queries of one key head, for each sequence: as the kernels count them."""
+    return np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes that masks are checked against. `missing` counts the leading axes that the caller's layout lacks."""

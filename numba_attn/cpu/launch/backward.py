@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numba.core import types
 
-from ...mask.shape import K_LEN, Q_LEN
+from ...mask.shape import K_LEN, Q_LEN, count_tiles
 from .. import threads
 from ..backward import RANGES, Needs, build, key_block, layout, range_keys
 from ..call import tile_rows
@@ -21,7 +21,6 @@ from .record import (
     Fields,
     Record,
     Sizes,
-    count_tiles,
     describe,
     elem_of,
     is_half,

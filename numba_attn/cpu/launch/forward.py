@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba.core import types
 
-from ...mask.shape import K_LEN, Q_LEN
+from ...mask.shape import K_LEN, Q_LEN, count_tiles
 from .. import threads
 from ..compile import array_type, compile_cfunc, compile_entry
 from ..forward import FLUSH, MAX_QUERIES, MAX_QUERIES_COPY, build, key_block, layout
@@ -22,7 +22,6 @@ from .record import (
     Fields,
     Record,
     Sizes,
-    count_tiles,
     describe,
     elem_of,
     is_half,

@@ -10,7 +10,7 @@ import numpy as np
 from numba.core import types
 
 from ...arrays import batch_step
-from ...mask.shape import K_LEN, Q_LEN
+from ...mask.shape import K_LEN, Q_LEN, count_tiles
 from ...online import LN2
 from .. import threads
 from ..compile import compile_cfunc
@@ -22,7 +22,6 @@ from .record import (
     Fields,
     Record,
     Sizes,
-    count_tiles,
     describe,
     elem_of,
     is_half,

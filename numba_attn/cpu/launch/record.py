@@ -113,11 +113,6 @@ def tile_width(elem: str, left: int, right: int) -> int:
     return lanes * (cost.index(min(cost)) + 1)
 
 
-def count_tiles(q_lens: np.ndarray, rows: int, group: int) -> np.ndarray:
-    """Tiles of the queries of one key head, for each sequence: as the kernels count them."""
-    return np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
-
-
 def elem_of(dtype: np.dtype[Any]) -> str:
     """The accumulation type of a dtype."""
     return "f64" if dtype.itemsize == 8 else "f32"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...arrays import Array, batch_step
-from ...mask.shape import OPEN, Q_LEN
+from ...mask.shape import OPEN, Q_LEN, count_tiles
 from ...online import LOG2E
 from ...userfn import accepted
 from .. import modifiers
@@ -264,10 +264,8 @@ class Call:
 
     def tiles(self, rows: int) -> int:
         """Tiles of the queries of one key head, in the longest sequence."""
-        q_lens = self.problem.sequences[:, Q_LEN]
-        group = self.problem.q_heads // self.problem.kv_heads
-        n = np.where(q_lens < rows, (group * q_lens + rows - 1) // rows, group * ((q_lens + rows - 1) // rows))
-        return int(n.max(initial=0))
+        p = self.problem
+        return int(count_tiles(p.sequences[:, Q_LEN], rows, p.q_heads // p.kv_heads).max(initial=0))
 
     def tiling(self, kernel: str, memory: Callable[[Tiling], dict[str, int]]) -> Tiling:
         p = self.problem
