@@ -15,6 +15,12 @@ IMPORTED_FROM = (
 )  # the checkout, or site-packages where a wheel is tested
 
 
+def importing(*folders: Path) -> dict[str, str]:
+    """The environment of a process that imports from these folders, too."""
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 def run_python(
     code: str, *args: str, env: dict[str, str | None] | None = None, timeout: float = 900, check: bool = True,
     package: Path = IMPORTED_FROM,
@@ -23,9 +29,7 @@ def run_python(
 
     None in env removes a variable. A run that fails is a failed test, unless check is False.
     """
-    full = dict(os.environ)
-    paths = [str(package), str(TESTS), full.get("PYTHONPATH", "")]
-    full["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    full = importing(package, TESTS)
     for name, value in (env or {}).items():
         if value is None:
             full.pop(name, None)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child import IMPORTED_FROM, importing
 
-import numba_attn
 from numba_attn.app import bench, cli, demo
 from numba_attn.app.terminal import Progress, bytes_text, seconds_text, table
 from numba_attn.cuda.host import driver
@@ -27,10 +27,9 @@ def test_info_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_module_is_the_script() -> None:
-    home = str(Path(numba_attn.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-m", "numba_attn", "--help"],
-        env={**os.environ, "PYTHONPATH": home},
+        env=importing(IMPORTED_FROM),
         capture_output=True,
         text=True,
         check=True,
@@ -56,11 +55,10 @@ def test_an_output_that_cannot_be_written_is_one_line(output: str, unbuffered: s
     else:
         reader, target = os.pipe()
         os.close(reader)
-    home = str(Path(numba_attn.__file__).parents[1])
     try:
         done = subprocess.run(
             [sys.executable, "-c", start, "-m", "numba_attn", *arguments.split()],
-            env={**os.environ, "PYTHONPATH": home, "PYTHONUNBUFFERED": unbuffered},
+            env={**importing(IMPORTED_FROM), "PYTHONUNBUFFERED": unbuffered},
             stdout=target,
             stderr=subprocess.PIPE,
             text=True,
@@ -87,7 +85,7 @@ def test_an_output_that_cannot_be_written_is_one_line(output: str, unbuffered: s
 def test_compile_says_what_keeps_it_from_filling_the_cache(setting: dict[str, str], status: int, says: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "numba_attn", "compile", "forward", "--dtype", "float32"],
-        env={**os.environ, "PYTHONPATH": str(Path(numba_attn.__file__).parents[1]), **setting},
+        env={**importing(IMPORTED_FROM), **setting},
         capture_output=True,
         text=True,
     )

@@ -1,12 +1,12 @@
 """The journal of long runs: what ended is not run again, what killed the process is known by name."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import journal
 import pytest
+from child import importing
 
 TESTS = """
 import os, pytest
@@ -26,8 +26,7 @@ def test_a_broken_run_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "journal", "-p", "no:cacheprovider", f"--journal={lines}", "-q"]
 
     def run() -> tuple[int, dict[str, str]]:
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = importing(Path(__file__).parent)
         status = subprocess.run([*command, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True).returncode
         found = journal.outcomes(lines)
         return status, {test.removeprefix("test_it.py::test_"): record["outcome"] for test, record in found.items()}
