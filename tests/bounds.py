@@ -431,7 +431,7 @@ def of_aux(p: plan.Problem, x: Scores, final: Weighed, rows: Rows, n: int) -> Si
         own = by**2 * (final.squares[at] + ds**2) + ds**2 * (read.squares[at] + bend**2 * before)
         own = summed_up(own) + summed_up(np.abs(ds * by)) * summed_up(np.abs(by) * ratio(final.shared[at], ds))
         by_delta, by_lse = np.abs(summed_up(final.by_delta[at] * by)), np.abs(summed_up(ds * by))
-        delta, lse = ((size.squares.reshape(-1)[row], size.certain.reshape(-1)[row]) for size in rows)
+        delta, lse = ((of.squares.reshape(-1)[row], of.certain.reshape(-1)[row]) for of in rows)
         own += delta[0] * by_delta**2 + lse[0] * by_lse**2
         sure = summed_up(np.abs(by) * final.certain[at] + np.abs(ds * bend) * x.before.certain[at])
         squares += np.bincount(to, own, size)

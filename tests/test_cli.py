@@ -132,7 +132,8 @@ def test_bench_times_a_shape_beside_numpy(capsys: pytest.CaptureFixture[str]) ->
 def test_bench_tells_the_fraction_of_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *TINY, "--peak", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["fraction"] > 0 and answer["peak"] > 0
+    # FLOP/s: 2e8 on an emulated CPU.
+    assert 0 < answer["fraction"] < 1.1 and answer["peak"] > 1e7
 
 
 def test_info_survives_a_device_that_does_not_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ def test_a_broken_run_goes_on(tmp_path: Path) -> None:
 
     def run() -> tuple[int, dict[str, str]]:
         environment = importing(Path(__file__).parent)
+        environment.pop("PYTEST_ADDOPTS", None)  # -n 2 would make it two processes
         status = subprocess.run([*command, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True).returncode
         found = journal.outcomes(lines)
         return status, {test.removeprefix("test_it.py::test_"): record["outcome"] for test, record in found.items()}

@@ -1,4 +1,7 @@
-"""From a Problem to one call of the forward kernel. It chooses tiles and threads, and allocates little."""
+"""From a Problem to one call of the forward kernel. Chooses tiles and threads.
+
+It allocates nothing of the size of the inputs.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ def bounds(
     """The launch bounds of a kernel: the threads of a block, or these and the least number of blocks for which a
     multiprocessor must have registers. Without that number ptxas may save registers for more blocks than shared memory
     allows, and then it spills. It did so for dQ on sm_100 and sm_120, for forward in float64 on sm_120, for decode
-    (forward with split keys) in float64 on sm_80 and sm_90, for dK and dV in tf32 on sm_80, and for these sums."""
+    (forward with split keys, in `more`) in float64 on sm_80 and sm_90, for dK and dV in tf32 on sm_80, and for these
+    sums."""
     if build in (bias_sums.build_bias, sums.build_aux):
         return threads, 1
     wide = build is forward.build and (more or (t is not None and t.size == 8))
