@@ -143,7 +143,7 @@ MATH = SimpleNamespace(
 
 def modified(p: plan.Problem, s: np.ndarray) -> Tracked:
     """score_mod of every score."""
-    x = everywhere(p, Tracked(s, np.ones_like(s)), p.aux)
+    x, _ = everywhere(p, Tracked(s, np.ones_like(s)), p.aux)
     # The score comes from log2 units and goes back to them, and is rounded on both ways.
     squares = x.squares + (x.slope * s) ** 2 + np.where(np.isfinite(x.value), x.value, 0.0) ** 2
     return Tracked(x.value, x.slope, x.bend, squares, x.slope_squares + (x.bend * s) ** 2)
@@ -169,9 +169,7 @@ class Direction:
 
 def tangent(p: plan.Problem, s: np.ndarray, s_dot: np.ndarray, aux_dot: tuple[np.ndarray | None, ...]) -> Tangent:
     aux = tuple(x if dot is None else Direction(x, dot) for x, dot in zip(p.aux, aux_dot, strict=True))
-    step = 1e-4 * (1 + np.abs(s))  # two digits of the second derivative are enough
-    x, y = (everywhere(p, Tracked(s + moved, s_dot), aux) for moved in (0.0, step))
-    bend = (y.slope - x.slope) / step
+    x, bend, _ = with_bend(p, Tracked(s, s_dot), aux)
     return Tangent(x.slope, bend, x.slope_squares + (bend * s) ** 2)
 
 
@@ -186,17 +184,11 @@ class Read(NamedTuple):
 
 def reads(p: plan.Problem, s: np.ndarray, n: int) -> Iterator[Read]:
     """The reads of aux[n], by the score that goes into score_mod."""
-    step = 1e-4 * (1 + np.abs(s))
     for asked in itertools.count():
-        tables = [Seeded(p.aux[n], asked) for _ in range(2)]
-        x, y = (
-            everywhere(p, Tracked(z, np.zeros_like(z)), (*p.aux[:n], table, *p.aux[n + 1 :]), table)
-            for z, table in zip((s, s + step), tables, strict=True)
-        )
-        element = tables[0].element
+        table = Seeded(p.aux[n], asked)
+        x, bend, element = with_bend(p, Tracked(s, np.zeros_like(s)), (*p.aux[:n], table, *p.aux[n + 1 :]), table)
         if np.all(element < 0):
             return
-        bend = np.where(tables[1].element == element, (y.slope - x.slope) / step, 0.0)
         yield Read(element, x.slope, bend, x.slope_squares + (bend * s) ** 2)
 
 
@@ -231,28 +223,39 @@ class SeededRows(NamedTuple):
         return self.of.rows((*self.before, *(at if isinstance(at, tuple) else (at,))))
 
 
+UNREAD = Seeded(np.empty(0), 0)
 FIELDS = ("value", "slope", "bend", "squares", "slope_squares")
 
 
-def everywhere(p: plan.Problem, s: Tracked, aux: tuple[Any, ...], seeded: Seeded | None = None) -> Tracked:
-    """score_mod of every score: of all at once, or one by one where the function has branches. What was read of
-    `seeded` is in its `element` then."""
+def with_bend(
+    p: plan.Problem, s: Tracked, aux: tuple[Any, ...], seeded: Seeded = UNREAD
+) -> tuple[Tracked, np.ndarray, np.ndarray]:
+    """`everywhere`, and between the two the derivative of the slope by the score: 0 where the read moves with it."""
+    step = 1e-4 * (1 + np.abs(s.value))  # two digits of the second derivative are enough
+    x, element = everywhere(p, s, aux, seeded)
+    y, element_beside = everywhere(p, Tracked(s.value + step, s.slope), aux, seeded)
+    return x, np.where(element_beside == element, (y.slope - x.slope) / step, 0.0), element
+
+
+def everywhere(
+    p: plan.Problem, s: Tracked, aux: tuple[Any, ...], seeded: Seeded = UNREAD
+) -> tuple[Tracked, np.ndarray]:
+    """score_mod of every score: of all at once, or one by one where the function has branches. And which element of
+    `seeded` was read."""
     fn, shape = with_math(p.score_mod, MATH), s.value.shape
+    seeded.begin()
     try:
         x = fn(s, *np.ogrid[tuple(map(slice, shape))], *aux)
     except ValueError:  # the truth of an array
         x = None
-    if not isinstance(x, Tracked):
-        found, element = np.empty((5, *shape)), np.full(shape, -1)
+    if isinstance(x, Tracked):
+        element = seeded.element
+    else:
+        found, element = np.empty((5, *shape)), np.empty(shape, int)
         for at in np.ndindex(shape):
-            if seeded is not None:
-                seeded.begin()
+            seeded.begin()
             one = tracked(fn(Tracked(s.value[at], s.slope[at]), *at, *aux))
             found[(slice(None), *at)] = one.value, one.slope, one.bend, one.squares, one.slope_squares
-            element[at] = -1 if seeded is None else seeded.element
+            element[at] = seeded.element
         x = Tracked(*found)
-        if seeded is not None:
-            seeded.element = element
-    if seeded is not None:
-        seeded.element = np.broadcast_to(seeded.element, shape)
-    return Tracked(*(np.broadcast_to(getattr(x, name), shape) for name in FIELDS))
+    return Tracked(*(np.broadcast_to(getattr(x, name), shape) for name in FIELDS)), np.broadcast_to(element, shape)
