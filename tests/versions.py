@@ -1,14 +1,14 @@
 """The quick tests with each minor version of Numba that pyproject.toml admits, a fresh virtual environment each.
 
     python tests/versions.py                 each minor, all quick tests of the CPU: the whole matrix
-    python tests/versions.py --ends --part sample        what .ci/run does: the oldest and the newest, a sample
+    python tests/versions.py --ends --part sample --jobs 2      what .ci/run does: the oldest and the newest, a sample
     python tests/versions.py --numba 0.62,0.66 --part kernels --jobs 2
 
 The oldest Numba runs with the oldest NumPy, and so does the newest once more; the others run with the newest NumPy that
 they accept. Needs pip and an index; nothing but the standard library besides. Exit status 1 if anything fails.
 
-Cost of a row, environment included, on two cores shared with other work (AMD EPYC, AVX-512): "sample" two to three
-minutes, "kernels" from seven to twenty-five, "quick" longer.
+Cost of a row, environment included, on two cores shared with other work (AMD EPYC): "sample" two to three minutes,
+"kernels" from seven to twenty-five, "quick" from twenty to twenty-six (Zen 3, two rows at once).
 """
 
 import argparse
